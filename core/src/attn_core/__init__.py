@@ -1,0 +1,95 @@
+"""attn: one attention call, any kernel.
+
+This module loads no kernel library, opens no CUDA context and finds no plugin; the first call does what it needs.
+"""
+
+from .bias import AttnBias, Causal, KeyPadding, Mask, TensorBias, Window, as_bias
+from .capabilities import ANY_DEVICE, ANY_DIM, Backward, Capabilities, Refusal
+from .errors import (
+    AttnError,
+    DeclarationError,
+    DuplicateKernelError,
+    InputError,
+    InputTypeError,
+    KernelRefusedError,
+    NoKernelError,
+    PlanError,
+    PluginWarning,
+    UnboundBiasError,
+    UnknownKernelError,
+)
+from .explain import Explanation, Verdict, explain, explain_problem
+from .functional import attention, scaled_dot_product_attention
+from .hookspecs import hookimpl
+from .kernel import Cost, Kernel, Unusable
+from .plan import Plan, plan
+from .problem import Problem
+from .record import Recorder, Row, record
+from .reference import reference_attention
+from .register_sdpa import register_sdpa
+from .registry import Plugin, Registration, registry
+from .scope import allow, prefer, refresh
+
+__all__ = [
+    "ANY_DEVICE",
+    "ANY_DIM",
+    "AttnBias",
+    "AttnError",
+    "Backward",
+    "Capabilities",
+    "Causal",
+    "Cost",
+    "DeclarationError",
+    "DuplicateKernelError",
+    "Explanation",
+    "InputError",
+    "InputTypeError",
+    "Kernel",
+    "KernelRefusedError",
+    "KeyPadding",
+    "Mask",
+    "NoKernelError",
+    "Plan",
+    "PlanError",
+    "Plugin",
+    "PluginWarning",
+    "Problem",
+    "Recorder",
+    "Refusal",
+    "Registration",
+    "Row",
+    "TensorBias",
+    "UnboundBiasError",
+    "UnknownKernelError",
+    "Unusable",
+    "Verdict",
+    "Window",
+    "allow",
+    "as_bias",
+    "attention",
+    "explain",
+    "explain_problem",
+    "hookimpl",
+    "is_available",
+    "kernel",
+    "kernels",
+    "plan",
+    "plugins",
+    "prefer",
+    "record",
+    "reference_attention",
+    "refresh",
+    "register",
+    "register_sdpa",
+    "scaled_dot_product_attention",
+]
+
+kernel = registry.kernel
+kernels = registry.kernels
+plugins = registry.plugins
+register = registry.register
+
+
+def is_available(name: str) -> bool:
+    """Whether a kernel of that name is registered and can run on this machine. Raises nothing for an unknown name."""
+    return any(k.name == name and registry.condition(k).state in ("ready", "failed") for k in kernels(name))

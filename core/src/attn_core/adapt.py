@@ -1,0 +1,197 @@
+"""Adaptations: rewrites that keep the meaning and let a kernel take a problem that it would refuse as it is.
+
+Each answers one refused field. It states how the problem looks to the kernel afterwards, what it costs, and what is
+done to the operands; it is shown by `explain` and counted in the estimate.
+
+Operands are handled in the kernel's own layout: heads at dimension `heads` (1 or 2), sequence at the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .bias import AttnBias, Mask, TensorBias
+from .capabilities import Capabilities, has_padding, takes_dense_mask
+from .problem import Problem
+
+#: Seconds per element that is copied, per device type: what a rewrite costs beside the kernel itself.
+COPY = {"cpu": 0.4e-9, "cuda": 4e-12}
+#: Seconds per operation that a rewrite adds.
+CALL = {"cpu": 4e-6, "cuda": 5e-6}
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What is handed to a kernel, while adaptations rewrite it."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: AttnBias | None
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """One rewrite.
+
+    `rewrite` gives the problem as the kernel sees it, or None where this does not help; `elements` how many elements
+    are copied; `apply` does it, given the problem before and after.
+    """
+
+    name: str
+    fields: frozenset[str]
+    rewrite: Callable[[Problem, Capabilities], Problem | None]
+    elements: Callable[[Problem, Problem], float]
+    apply: Callable[[Operands, Problem, Problem, int], Operands]
+
+    def seconds(self, before: Problem, after: Problem) -> float:
+        device = before.device
+        work = CALL.get(device, 5e-6) + self.elements(before, after) * COPY.get(device, 1e-9)
+        return work * 2.0 if before.needs_backward else work
+
+
+# expand_kv: every query head gets a key head of its own
+
+
+def _expand(problem: Problem, capabilities: Capabilities) -> Problem | None:
+    return replace(problem, num_kv_heads=problem.num_heads)
+
+
+def _expanded_elements(before: Problem, after: Problem) -> float:
+    return float(before.batch) * float(before.seqlen_kv) * after.num_heads * (before.head_dim + before.head_dim_v)
+
+
+def _apply_expand(x: Operands, before: Problem, after: Problem, heads: int) -> Operands:
+    group = before.num_heads // before.num_kv_heads
+    # Neighbouring query heads share a key head: repeat_interleave, not repeat.
+    return replace(x, key=x.key.repeat_interleave(group, heads), value=x.value.repeat_interleave(group, heads))
+
+
+# pad_head_dim: zeros behind head_dim change neither logits nor the first columns of the result
+
+
+def _next_size(capabilities: Capabilities, least: int) -> int | None:
+    sizes = [size for size in capabilities.head_dims if size >= least]
+    if not sizes:
+        return None
+    size = min(sizes)
+    return size if size <= 2 * least + 8 else None
+
+
+def _padded(problem: Problem, capabilities: Capabilities) -> Problem | None:
+    free_v = capabilities.head_dims_v
+    least = problem.head_dim if free_v is not None else max(problem.head_dim, problem.head_dim_v)
+    size = _next_size(capabilities, least)
+    if size is None:
+        return None
+    size_v = size
+    if free_v is not None:
+        sizes = [s for s in free_v if problem.head_dim_v <= s <= 2 * problem.head_dim_v + 8]
+        if not sizes:
+            return None
+        size_v = min(sizes)
+    return replace(problem, head_dim=size, head_dim_v=size_v)
+
+
+def _padded_elements(before: Problem, after: Problem) -> float:
+    queries = float(before.batch) * float(before.seqlen_q) * before.num_heads
+    keys = float(before.batch) * float(before.seqlen_kv) * before.num_kv_heads
+    return (queries + keys) * after.head_dim + (queries + keys) * after.head_dim_v
+
+
+def _apply_pad(x: Operands, before: Problem, after: Problem, heads: int) -> Operands:
+    dim, dim_v = after.head_dim - before.head_dim, after.head_dim_v - before.head_dim_v
+    query, key = (pad(x.query, (0, dim)), pad(x.key, (0, dim))) if dim else (x.query, x.key)
+    return replace(x, query=query, key=key, value=pad(x.value, (0, dim_v)) if dim_v else x.value)
+
+
+# contiguous: copies operands whose last dimension is strided
+
+
+def _contiguous(problem: Problem, capabilities: Capabilities) -> Problem | None:
+    return replace(problem, strided_head_dim=False)
+
+
+def _all_elements(before: Problem, after: Problem) -> float:
+    queries = float(before.batch) * float(before.seqlen_q) * before.num_heads
+    keys = float(before.batch) * float(before.seqlen_kv) * before.num_kv_heads
+    return queries * before.head_dim + keys * (before.head_dim + before.head_dim_v)
+
+
+def _apply_contiguous(x: Operands, before: Problem, after: Problem, heads: int) -> Operands:
+    return replace(
+        x, query=_with_unit_stride(x.query), key=_with_unit_stride(x.key), value=_with_unit_stride(x.value)
+    )
+
+
+def _with_unit_stride(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+# zero_padding: what lies behind the lengths is replaced by zeros, for kernels that only mask it (NaN + -inf is NaN)
+
+
+def _zeroed(problem: Problem, capabilities: Capabilities) -> Problem | None:
+    padded = problem.bias is not None and has_padding(problem.bias)
+    return problem if padded and takes_dense_mask(capabilities) else None
+
+
+def _kv_elements(before: Problem, after: Problem) -> float:
+    return (
+        float(before.batch) * float(before.seqlen_kv) * before.num_kv_heads * (before.head_dim + before.head_dim_v)
+    )
+
+
+def _apply_zero(x: Operands, before: Problem, after: Problem, heads: int) -> Operands:
+    assert x.bias is not None
+    valid = x.bias.valid_keys(x.key.device)
+    if valid is None:
+        return x
+    valid = valid[:, :, None, None] if heads == 2 else valid[:, None, :, None]
+    return replace(x, key=torch.where(valid, x.key, 0), value=torch.where(valid, x.value, 0))
+
+
+# materialize: a mask is written out as a tensor
+
+
+def _materialized(problem: Problem, capabilities: Capabilities) -> Problem | None:
+    bias = problem.bias
+    if not isinstance(bias, Mask) or not takes_dense_mask(capabilities):
+        return None
+    batch, num_heads = bias.batch_and_heads
+    dense = torch.empty((batch, num_heads, problem.seqlen_q, problem.seqlen_kv), dtype=torch.bool, device="meta")
+    return replace(problem, bias=TensorBias(dense, bias.lengths))
+
+
+def _dense_elements(before: Problem, after: Problem) -> float:
+    assert before.bias is not None
+    batch, num_heads = before.bias.batch_and_heads
+    return float(batch) * num_heads * float(before.seqlen_q) * float(before.seqlen_kv)
+
+
+def _apply_materialize(x: Operands, before: Problem, after: Problem, heads: int) -> Operands:
+    assert x.bias is not None
+    return replace(x, bias=TensorBias(x.bias.materialize(x.query.device), x.bias.lengths))
+
+
+EXPAND_KV = Adaptation("expand_kv", frozenset({"num_kv_heads"}), _expand, _expanded_elements, _apply_expand)
+PAD_HEAD_DIM = Adaptation(
+    "pad_head_dim", frozenset({"head_dim", "head_dim_v"}), _padded, _padded_elements, _apply_pad
+)
+CONTIGUOUS = Adaptation(
+    "contiguous", frozenset({"strided_head_dim"}), _contiguous, _all_elements, _apply_contiguous
+)
+ZERO_PADDING = Adaptation(
+    "zero_padding", frozenset({"bias", "backward.biases"}), _zeroed, _kv_elements, _apply_zero
+)
+MATERIALIZE = Adaptation(
+    "materialize", frozenset({"bias", "backward.biases"}), _materialized, _dense_elements, _apply_materialize
+)
+
+#: In the order in which they are tried and applied: padding is zeroed before the bias that knows it is gone.
+ADAPTATIONS = (CONTIGUOUS, EXPAND_KV, PAD_HEAD_DIM, ZERO_PADDING, MATERIALIZE)

@@ -1,0 +1,10 @@
+"""Biases: one kind per file; `base` says what they have in common."""
+
+from .base import AttnBias, Mask
+from .causal import Causal
+from .convert import as_bias
+from .key_padding import KeyPadding
+from .tensor import TensorBias
+from .window import Window
+
+__all__ = ["AttnBias", "Causal", "KeyPadding", "Mask", "TensorBias", "Window", "as_bias"]

@@ -1,0 +1,169 @@
+"""What a bias is, and the three questions that a mask answers.
+
+A bias changes logits before the softmax. A mask is a bias of 0 and -inf. Each kind states its rule once, in `keep`;
+the dense tensor, the drawn matrix, the pairs that a kernel visits and (for tiled kernels) what may be skipped are
+derived from it, so no kernel has a second opinion of what a mask means.
+
+Biases are values: frozen, comparable, picklable, and usable inside a compiled graph. They may be written without
+lengths; `bind` gives the value that knows them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, UnboundBiasError
+
+Self = TypeVar("Self", bound="AttnBias")
+TileKind = Literal["empty", "full", "mixed"]
+
+DRAWN_ROWS = 16
+DRAWN_COLUMNS = 64
+
+
+def known(condition: Any) -> bool:
+    """Whether `condition` is certainly true.
+
+    Lengths may be symbolic while a graph is traced. Rewriting a bias is only allowed where the rewrite holds for
+    every length of that graph, so an undecided condition counts as false, and no guard is added.
+    """
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # only reached while tracing
+
+    return statically_known_true(condition)
+
+
+class AttnBias(ABC):
+    """Anything that changes logits before the softmax.
+
+    A subclass gives `key`, `bind` and `materialize`; `Mask` derives the last from its rule.
+    """
+
+    #: (seqlen_q, seqlen_kv) once bound, else None.
+    lengths: tuple[int, int] | None = None
+
+    #: All that a kernel's choice or memory safety may depend on, without the data. A subclass gives it.
+    key: Hashable
+
+    @abstractmethod
+    def bind(self: Self, seqlen_q: int, seqlen_kv: int) -> Self:
+        """The same bias, knowing its lengths. Raises InputError where it was made for others."""
+
+    @abstractmethod
+    def materialize(self, device: torch.device | str | None = None) -> Tensor:
+        """The dense form, broadcastable to `[batch, num_heads, seqlen_q, seqlen_kv]`.
+
+        Boolean (True = may attend) for a mask, floating (added to the logits) otherwise.
+        """
+
+    @property
+    def batch_and_heads(self) -> tuple[int, int]:
+        """`(batch, num_heads)` that the bias was made for; 1 fits any."""
+        return 1, 1
+
+    @property
+    def holds_data(self) -> bool:
+        """Whether the value holds tensors: then a call's own bias is handed to the kernel, not the first one's."""
+        return False
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a gradient flows to a tensor of this bias."""
+        return False
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the tensors of this bias lie; None where it holds none."""
+        return None
+
+    def without_data(self: Self) -> Self:
+        """The same bias with its tensors on the meta device: what `Problem` keeps."""
+        return self
+
+    @abstractmethod
+    def at(self: Self, lengths: tuple[int, int]) -> Self:
+        """The same bias with these lengths, unchecked; `bind` is the checked form."""
+
+    def normalize(self) -> AttnBias | None:
+        """The simplest bias equal to this one at its lengths; None where it changes nothing."""
+        return self
+
+    def valid_keys(self, device: torch.device | str | None = None) -> Tensor | None:
+        """`[batch, seqlen_kv]`, True where a key exists at all; None where all do.
+
+        What lies behind the lengths is padding: it may be anything, NaN too, and must not leak.
+        """
+        return None
+
+    def pairs(self) -> float:
+        """How many (query, key) pairs remain, per batch entry and head; an estimate suffices."""
+        seqlen_q, seqlen_kv = self.bound_lengths()
+        return float(seqlen_q) * float(seqlen_kv)
+
+    def bound_lengths(self) -> tuple[int, int]:
+        """`(seqlen_q, seqlen_kv)`; raises UnboundBiasError before `bind`."""
+        if self.lengths is None:
+            raise UnboundBiasError(
+                f"{self!r} does not know its lengths yet; call .bind(seqlen_q, seqlen_kv) first"
+                " (attention binds a bias by itself)"
+            )
+        return self.lengths
+
+    def _check_rebind(self, seqlen_q: int, seqlen_kv: int) -> None:
+        if self.lengths is not None and self.lengths != (seqlen_q, seqlen_kv):
+            raise InputError(
+                f"bias: {self!r} was made for seqlen_q={self.lengths[0]}, seqlen_kv={self.lengths[1]},"
+                f" got seqlen_q={seqlen_q}, seqlen_kv={seqlen_kv}"
+            )
+
+
+class Mask(AttnBias):
+    """A bias of 0 and -inf, defined by `keep`; `span` and `tile` say what a kernel may skip."""
+
+    @abstractmethod
+    def keep(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """The exact rule: True where query `q` of batch entry `b` and head `h` may attend key `k`.
+
+        Index tensors broadcast against each other; a rule that ignores one leaves that dimension out.
+        """
+
+    def span(self, q0: int, q1: int) -> tuple[int, int]:
+        """Keys `[k0, k1)` outside which no query of `[q0, q1)` attends anything; may be too wide, never too narrow."""
+        return 0, self.bound_lengths()[1]
+
+    def tile(self, q0: int, q1: int, k0: int, k1: int) -> TileKind:
+        """Whether the block `[q0, q1) x [k0, k1)` is empty, full or mixed; "mixed" is always a legal answer."""
+        low, high = self.span(q0, q1)
+        return "empty" if k1 <= low or k0 >= high else "mixed"
+
+    def materialize(self, device: torch.device | str | None = None) -> Tensor:
+        """Boolean tensor, True = may attend, broadcastable to `[batch, num_heads, seqlen_q, seqlen_kv]`."""
+        seqlen_q, seqlen_kv = self.bound_lengths()
+        batch, num_heads = self.batch_and_heads
+        if device is None:
+            device = self.device or "cpu"
+        b = torch.arange(batch, device=device)[:, None, None, None]
+        h = torch.arange(num_heads, device=device)[:, None, None]
+        q = torch.arange(seqlen_q, device=device)[:, None]
+        k = torch.arange(seqlen_kv, device=device)
+        return self.keep(b, h, q, k)
+
+    def draw(self) -> str:
+        """The matrix of the first batch entry and head: `█` may attend, `·` masked; cut to 16 rows of 64."""
+        seqlen_q, seqlen_kv = self.bound_lengths()
+        rows, columns = min(seqlen_q, DRAWN_ROWS), min(seqlen_kv, DRAWN_COLUMNS)
+        q, k = torch.arange(rows)[:, None], torch.arange(columns)
+        zero = torch.zeros((), dtype=torch.long)
+        matrix = self.keep(zero, zero, q, k).expand(rows, columns).tolist()
+        lines = ["".join("█" if cell else "·" for cell in row) for row in matrix]
+        if columns < seqlen_kv:
+            lines = [line + " …" for line in lines]
+        if rows < seqlen_q:
+            lines.append("⋮")
+        return "\n".join(lines)

@@ -1,0 +1,115 @@
+"""KeyPadding: the first `lengths[b]` keys of batch entry b exist, the rest is padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, InputTypeError
+from .base import Mask, Self
+
+
+class KeyPadding(Mask):
+    """Key k of batch entry b exists where `k < seqlens[b]`; what lies behind may be anything, NaN too.
+
+    Args:
+        seqlens: valid keys of each batch entry, `[batch]`: an integer tensor (on any device) or a sequence of ints.
+
+        KeyPadding([3, 5]) on 2 queries, 5 keys
+        ███··   batch entry 0
+        ███··
+        █████   batch entry 1
+        █████
+
+    Raises InputError for another rank, a negative length, or, when bound, one above seqlen_kv (checked where that
+    needs no wait for a device); InputTypeError for anything but integers.
+    """
+
+    seqlens: Tensor
+
+    def __init__(self, seqlens: Tensor | Sequence[int], lengths: tuple[int, int] | None = None) -> None:
+        if not isinstance(seqlens, Tensor):
+            seqlens = list(seqlens)
+            if not all(type(n) is int for n in seqlens):
+                raise InputTypeError(f"KeyPadding: seqlens must be integers, got {seqlens!r}")
+            seqlens = torch.tensor(seqlens, dtype=torch.int64)
+        if seqlens.is_floating_point() or seqlens.dtype is torch.bool or seqlens.is_complex():
+            raise InputTypeError(
+                f"KeyPadding: seqlens counts keys, so it must be an integer tensor, got {seqlens.dtype}"
+                " (a boolean [batch, seqlen_kv] mask goes in as TensorBias(mask[:, None, None, :]))"
+            )
+        if seqlens.ndim != 1:
+            raise InputError(f"KeyPadding: seqlens must be [batch], got shape {list(seqlens.shape)}")
+        object.__setattr__(self, "seqlens", seqlens)
+        object.__setattr__(self, "lengths", lengths)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{type(self).__name__} is frozen; make a new one")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.seqlens, self.lengths)
+
+    def __repr__(self) -> str:
+        shown = self.seqlens.tolist() if self.seqlens.device.type == "cpu" else f"<{self.seqlens.device}>"
+        text = f"KeyPadding({shown})"
+        return text if self.lengths is None else f"{text}.bind{self.lengths}"
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self) or self.key != other.key:
+            return NotImplemented if type(other) is not type(self) else False
+        return self.seqlens.is_meta or torch.equal(self.seqlens, other.seqlens)
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return KeyPadding, type(self.seqlens), self.seqlens.shape, self.seqlens.dtype, self.seqlens.device, self.lengths
+
+    @property
+    def batch_and_heads(self) -> tuple[int, int]:
+        return self.seqlens.shape[0], 1
+
+    @property
+    def holds_data(self) -> bool:
+        return True
+
+    @property
+    def device(self) -> torch.device | None:
+        """None: the lengths are few, and go where they are needed."""
+        return None
+
+    def bind(self, seqlen_q: int, seqlen_kv: int) -> KeyPadding:
+        self._check_rebind(seqlen_q, seqlen_kv)
+        # Reading values on a CUDA device would wait for it, and a traced tensor has none.
+        if type(self.seqlens) is Tensor and self.seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+            for length in self.seqlens.tolist():
+                if not 0 <= length <= seqlen_kv:
+                    raise InputError(
+                        f"bias: KeyPadding lengths must lie in [0, seqlen_kv={seqlen_kv}], got {self.seqlens.tolist()}"
+                    )
+        return self.at((seqlen_q, seqlen_kv))
+
+    def at(self, lengths: tuple[int, int]) -> KeyPadding:
+        bias = object.__new__(KeyPadding)  # what is held was checked when it came in
+        object.__setattr__(bias, "seqlens", self.seqlens)
+        object.__setattr__(bias, "lengths", lengths)
+        return bias
+
+    def without_data(self) -> KeyPadding:
+        return KeyPadding(self.seqlens.to("meta"), self.lengths)
+
+    def to(self: Self, device: torch.device | str) -> KeyPadding:
+        """The same mask with its lengths on `device`."""
+        assert isinstance(self, KeyPadding)
+        return KeyPadding(self.seqlens.to(device), self.lengths)
+
+    def keep(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return k < self.seqlens.to(k.device)[b]
+
+    def valid_keys(self, device: torch.device | str | None = None) -> Tensor:
+        seqlen_kv = self.bound_lengths()[1]
+        seqlens = self.seqlens if device is None else self.seqlens.to(device)
+        return torch.arange(seqlen_kv, device=seqlens.device) < seqlens[:, None]

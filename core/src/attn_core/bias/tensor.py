@@ -1,0 +1,115 @@
+"""TensorBias: a dense bias, boolean or floating."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, InputTypeError
+from .base import AttnBias
+
+
+class TensorBias(AttnBias):
+    """A dense tensor, broadcastable to `[batch, num_heads, seqlen_q, seqlen_kv]`.
+
+    Boolean: True = may attend. Floating: added to the scaled logits; only -inf masks, `finfo.min` is a finite number.
+    A gradient flows to a floating tensor that requires one.
+
+    Raises InputTypeError for other dtypes, and, when bound, InputError for a shape that does not broadcast.
+    """
+
+    tensor: Tensor
+
+    def __init__(self, tensor: Tensor, lengths: tuple[int, int] | None = None) -> None:
+        if not isinstance(tensor, Tensor):
+            raise InputTypeError(f"TensorBias: takes a tensor, got {type(tensor).__name__}")
+        if tensor.dtype is not torch.bool and not tensor.is_floating_point():
+            raise InputTypeError(
+                f"TensorBias: takes a boolean tensor (True = may attend) or a floating one (added to the logits),"
+                f" got {tensor.dtype}"
+            )
+        object.__setattr__(self, "tensor", tensor)
+        object.__setattr__(self, "lengths", lengths)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{type(self).__name__} is frozen; make a new one")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.tensor, self.lengths)
+
+    def __repr__(self) -> str:
+        grad = ", requires_grad" if self.tensor.requires_grad else ""
+        name = str(self.tensor.dtype).removeprefix("torch.")
+        return f"TensorBias({list(self.tensor.shape)} {name}{grad})"
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        assert isinstance(other, TensorBias)
+        if self.tensor is other.tensor:
+            return self.lengths == other.lengths
+        return self.key == other.key and (self.tensor.is_meta or torch.equal(self.tensor, other.tensor))
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        # Read at every call: somebody may call requires_grad_() on a table that is held for long.
+        tensor = self.tensor
+        return (
+            TensorBias,
+            type(tensor),
+            tensor.shape,
+            tensor.dtype,
+            tensor.device,
+            tensor.stride(),
+            tensor.requires_grad,
+            self.lengths,
+        )
+
+    @property
+    def batch_and_heads(self) -> tuple[int, int]:
+        shape = (1, 1, 1, 1, *self.tensor.shape)
+        return shape[-4], shape[-3]
+
+    @property
+    def holds_data(self) -> bool:
+        return True
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.tensor.requires_grad
+
+    @property
+    def device(self) -> torch.device | None:
+        return self.tensor.device
+
+    def bind(self, seqlen_q: int, seqlen_kv: int) -> TensorBias:
+        self._check_rebind(seqlen_q, seqlen_kv)
+        shape = self.tensor.shape
+        rows, columns = (1, 1, *shape)[-2:]
+        if len(shape) > 4 or (rows != 1 and rows != seqlen_q) or (columns != 1 and columns != seqlen_kv):
+            raise InputError(
+                f"bias: a tensor of shape {list(shape)} does not broadcast to"
+                f" [batch, num_heads, seqlen_q={seqlen_q}, seqlen_kv={seqlen_kv}]"
+            )
+        return self.at((seqlen_q, seqlen_kv))
+
+    def at(self, lengths: tuple[int, int]) -> TensorBias:
+        bias = object.__new__(TensorBias)  # what is held was checked when it came in
+        object.__setattr__(bias, "tensor", self.tensor)
+        object.__setattr__(bias, "lengths", lengths)
+        return bias
+
+    def without_data(self) -> TensorBias:
+        meta = self.tensor.detach().to("meta").requires_grad_(self.tensor.requires_grad)
+        return TensorBias(meta, self.lengths)
+
+    def to(self, *args: torch.device | str | torch.dtype) -> TensorBias:
+        """The same bias with its tensor moved or cast, as `Tensor.to`."""
+        return TensorBias(self.tensor.to(*args), self.lengths)  # type: ignore[call-overload]
+
+    def materialize(self, device: torch.device | str | None = None) -> Tensor:
+        """The tensor itself, moved where `device` is another."""
+        return self.tensor if device is None else self.tensor.to(device)

@@ -1,0 +1,114 @@
+"""Binding: makes the function that runs one choice, so that a cached call does nothing but run it.
+
+The function takes `(query, key, value, bias)` in the caller's layout. What can be settled beforehand (keywords, a bias
+without data, the layout, the adaptations) is settled here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapt import Operands
+from .bias import AttnBias, TensorBias
+from .door import HEADS_FIRST, HEADS_LAST
+from .kernel import Run
+from .problem import Problem
+from .select import Candidate
+
+Bound = Callable[[Tensor, Tensor, Tensor, Any], Any]
+
+
+def bind(candidate: Candidate, run: Run, problem: Problem, bias: AttnBias | None, heads: int) -> Bound:
+    """The function that runs `problem` by `candidate`, whose kernel's function is `run`.
+
+    `bias` is the call's, bound and normalized; one that holds data is taken anew at every call, with the same key.
+    """
+    kernel_heads = HEADS_FIRST if candidate.kernel.layout == "heads-first" else HEADS_LAST
+    call = _adapted if candidate.steps else _direct
+    bound = call(candidate, run, problem, bias, kernel_heads)
+    if kernel_heads == heads:
+        return bound
+    return _swapped_pair(bound) if problem.return_lse else _swapped(bound)
+
+
+def _options(problem: Problem) -> dict[str, Any]:
+    """The keywords beside `scale` and `bias` that the problem uses."""
+    options: dict[str, Any] = {}
+    if problem.softcap is not None:
+        options["softcap"] = problem.softcap
+    if problem.dropout_p:
+        options["dropout_p"] = problem.dropout_p
+    if problem.return_lse:
+        options["return_lse"] = True
+    return options
+
+
+def _direct(candidate: Candidate, run: Run, problem: Problem, bias: AttnBias | None, heads: int) -> Bound:
+    scale, options = problem.scale, _options(problem)
+    if bias is None:
+        if not options:
+            return lambda query, key, value, _: run(query, key, value, scale=scale)
+        return lambda query, key, value, _: run(query, key, value, scale=scale, **options)
+    if not bias.holds_data:
+        return lambda query, key, value, _: run(query, key, value, bias=bias, scale=scale, **options)
+    lengths = bias.bound_lengths()
+    if isinstance(bias, TensorBias):  # its key has said all that bind would check
+        return lambda query, key, value, b: run(query, key, value, bias=b.at(lengths), scale=scale, **options)
+    return lambda query, key, value, b: run(query, key, value, bias=b.bind(*lengths), scale=scale, **options)
+
+
+def _adapted(candidate: Candidate, run: Run, problem: Problem, bias: AttnBias | None, heads: int) -> Bound:
+    scale, options = problem.scale, _options(problem)
+    befores = (problem, *(after for _, after in candidate.steps))
+    steps = [(adaptation, before, after) for (adaptation, after), before in zip(candidate.steps, befores)]
+    head_dim_v, padded = problem.head_dim_v, candidate.problem.head_dim_v != problem.head_dim_v
+    lengths = None if bias is None else bias.bound_lengths()
+    constant = bias if bias is None or not bias.holds_data else None
+
+    def call(query: Tensor, key: Tensor, value: Tensor, b: AttnBias | None) -> Any:
+        x = Operands(query, key, value, b.bind(*lengths) if constant is None and lengths is not None else constant)
+        for adaptation, before, after in steps:
+            x = adaptation.apply(x, before, after, heads)
+        if x.bias is None:
+            result = run(x.query, x.key, x.value, scale=scale, **options)
+        else:
+            result = run(x.query, x.key, x.value, bias=x.bias, scale=scale, **options)
+        if not padded:
+            return result
+        if problem.return_lse:
+            return result[0][..., :head_dim_v], result[1]
+        return result[..., :head_dim_v]
+
+    return call
+
+
+def _swapped(call: Bound) -> Bound:
+    def swapped(query: Tensor, key: Tensor, value: Tensor, bias: Any) -> Any:
+        return call(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), bias).transpose(1, 2)
+
+    return swapped
+
+
+def _swapped_pair(call: Bound) -> Bound:
+    def swapped(query: Tensor, key: Tensor, value: Tensor, bias: Any) -> Any:
+        out, lse = call(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), bias)
+        return out.transpose(1, 2), lse
+
+    return swapped
+
+
+def under_autocast(call: Bound, device: str, dtype: torch.dtype) -> Bound:
+    """Casts the operands once, as SDPA does under autocast, and keeps the kernel's inside out of it."""
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor if tensor.dtype is torch.float64 else tensor.to(dtype)
+
+    def run(query: Tensor, key: Tensor, value: Tensor, bias: Any) -> Any:
+        with torch.autocast(device, enabled=False):
+            return call(cast(query), cast(key), cast(value), bias)
+
+    return run

@@ -1,0 +1,190 @@
+"""Kernel: one runnable thing, its capabilities, and what it costs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, Literal
+
+from .bias import AttnBias, TensorBias
+from .capabilities import Capabilities, Refusal
+from .errors import DeclarationError
+from .problem import Problem
+
+Layout = Literal["heads-last", "heads-first"]
+Run = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """What a kernel's probe answers where the kernel cannot run at all, and what to do about it.
+
+    `state` is "absent" (a library is not installed) or "unavailable" (not on this machine).
+    """
+
+    state: Literal["absent", "unavailable"]
+    reason: str
+    fix: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Seconds that a kernel takes, as a sum of what it does; the estimate by which kernels are ranked.
+
+    The softmax (per pair) and the fixed part (per call) decide as often as the multiplications do.
+    """
+
+    call: float  #: fixed, per call
+    pair_dim: float = 0.0  #: per (query, key) pair that is visited, and element of head_dim
+    pair: float = 0.0  #: per pair that is visited: the softmax
+    token_dim: float = 0.0  #: per token and element of head_dim: reading and writing the operands
+    mask: float = 0.0  #: per pair, where a dense bias is read
+    backward: float = 2.5  #: a backward costs so many times the forward
+    source: str = "prior"  #: "prior", or on what it was measured
+
+    def seconds(self, problem: Problem, pairs: float, *, dense_bias: bool) -> float:
+        """The estimate for `problem`, of which `pairs` pairs are visited."""
+        dim = (problem.head_dim + problem.head_dim_v) / 2
+        tokens = float(problem.batch) * (
+            float(problem.seqlen_q) * problem.num_heads + float(problem.seqlen_kv) * problem.num_kv_heads
+        )
+        per_pair = self.pair_dim * dim + self.pair + (self.mask if dense_bias else 0.0)
+        forward = self.call + pairs * per_pair + tokens * dim * self.token_dim
+        return forward * (1.0 + self.backward) if problem.needs_backward else forward
+
+
+#: What a kernel without a declared cost is taken for: an unfused implementation, on a slow day. Installing a plugin
+#: that says nothing of its speed therefore changes no choice among kernels that do.
+UNDECLARED = Cost(call=100e-6, pair_dim=50e-12, pair=5e-9, token_dim=1e-9, mask=2e-9, source="undeclared")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """One runnable thing.
+
+    Args:
+        name: `<plugin>/<kernel>`; the prefix is the plugin's entry-point name.
+        run: `run(query, key, value, *, scale, …) -> out`, or its dotted name "package.module:function" where importing
+            it is dear. Operands and result are in `layout`. Of `bias`, `softcap`, `dropout_p` and `return_lse` it
+            takes those that it declares, and is passed one only where the problem uses it; with `return_lse=True` it
+            returns `(out, lse)`. No `**kwargs`: nothing may vanish in one.
+        capabilities: what it can do; a tuple where that differs between devices, of which the first that names the
+            problem's device (and compute capability) counts.
+        layout: "heads-last" `[batch, seqlen, num_heads, head_dim]` or "heads-first" `[batch, num_heads, seqlen, head_dim]`.
+        refuse: irregular limits that `capabilities` cannot say: yields refusals for a problem.
+        probe: answers None where the kernel can run on this machine, else why not; called once, at first use.
+        costs: device type -> Cost; a device that is missing costs UNDECLARED.
+        skips: kinds of bias whose masked pairs are not visited.
+
+    Raises DeclarationError where name, layout or the signature of `run` do not fit what is declared.
+    """
+
+    name: str
+    run: Run | str
+    capabilities: Capabilities | tuple[Capabilities, ...]
+    layout: Layout = "heads-last"
+    refuse: Callable[[Problem], Iterable[Refusal]] | None = None
+    probe: Callable[[], Unusable | None] | None = None
+    costs: Mapping[str, Cost] = field(default_factory=dict)
+    skips: Collection[type[AttnBias]] = ()
+
+    def __post_init__(self) -> None:
+        plugin, slash, rest = self.name.partition("/") if isinstance(self.name, str) else ("", "", "")
+        if not (plugin and slash and rest) or any(c.isspace() or c in "*?[]," for c in self.name):
+            raise DeclarationError(f"kernel: name must be '<plugin>/<kernel>', got {self.name!r}")
+        if self.layout not in ("heads-last", "heads-first"):
+            raise DeclarationError(f'{self.name}: layout must be "heads-last" or "heads-first", got {self.layout!r}')
+        declared = self.declarations
+        if not declared or not all(isinstance(each, Capabilities) for each in declared):
+            raise DeclarationError(f"{self.name}: capabilities must be Capabilities, got {self.capabilities!r}")
+        if callable(self.run):
+            check_signature(self)
+        elif not (isinstance(self.run, str) and self.run.count(":") == 1):
+            raise DeclarationError(f"{self.name}: run must be a function or 'package.module:function', got {self.run!r}")
+
+    @property
+    def plugin(self) -> str:
+        return self.name.partition("/")[0]
+
+    @property
+    def declarations(self) -> tuple[Capabilities, ...]:
+        """What it can do, one record per group of devices."""
+        return self.capabilities if isinstance(self.capabilities, tuple) else (self.capabilities,)
+
+    def declaration(self, problem: Problem) -> Capabilities:
+        """The record that counts for `problem`: the first for its device, or the first of all."""
+        declared = self.declarations
+        if len(declared) > 1:
+            for capabilities in declared:
+                if capabilities.is_for(problem):
+                    return capabilities
+        return declared[0]
+
+    def refusals(self, problem: Problem) -> list[Refusal]:
+        """Every reason why this kernel, as it is, does not take `problem`."""
+        found = self.declaration(problem).refusals(problem)
+        if self.refuse is not None and not found:  # an irregular limit may rely on the regular ones
+            found = list(self.refuse(problem))
+        return found
+
+    def cost(self, device: str) -> Cost:
+        return self.costs.get(device, UNDECLARED)
+
+    def seconds(self, problem: Problem) -> float:
+        """Estimated seconds for `problem`."""
+        bias = problem.bias
+        skips = bias is not None and type(bias) in self.skips
+        pairs = problem.pairs() if skips else problem.dense_pairs()
+        return self.cost(problem.device).seconds(problem, pairs, dense_bias=isinstance(bias, TensorBias))
+
+
+def resolve(kernel: Kernel) -> Run:
+    """The function behind `kernel.run`, imported where it was given by name.
+
+    Raises DeclarationError where the name leads nowhere or the function's signature does not fit.
+    """
+    if callable(kernel.run):
+        return kernel.run
+    module, _, function = kernel.run.partition(":")
+    try:
+        run = getattr(import_module(module), function)
+    except (ImportError, OSError, AttributeError) as error:
+        raise DeclarationError(f"{kernel.name}: run {kernel.run!r} cannot be loaded: {error}") from error
+    check_signature(kernel, run)
+    return run  # type: ignore[no-any-return]
+
+
+def check_signature(kernel: Kernel, run: Run | None = None) -> None:
+    """Raises DeclarationError unless `run` can take every keyword that the declaration makes the core pass."""
+    name, run = kernel.name, run or kernel.run
+    assert callable(run)
+
+    def declares(field: str) -> bool:
+        return any(getattr(capabilities, field) for capabilities in kernel.declarations)
+
+    parameters = inspect.signature(run).parameters
+    kinds = [p.kind for p in parameters.values()]
+    if inspect.Parameter.VAR_KEYWORD in kinds or inspect.Parameter.VAR_POSITIONAL in kinds:
+        raise DeclarationError(f"{name}: run has a catch-all parameter; name what it takes, so that nothing can vanish")
+    needed = ["scale"]
+    needed += ["bias"] if declares("biases") else []
+    needed += [option for option in ("softcap", "return_lse") if declares(option)]
+    needed += ["dropout_p"] if declares("dropout") else []
+    missing = [option for option in needed if option not in parameters]
+    if missing:
+        raise DeclarationError(
+            f"{name}: its declaration needs run(query, key, value, *, {', '.join(needed)}),"
+            f" but run{inspect.signature(run)} lacks {', '.join(missing)}"
+        )
+    required = [
+        p.name
+        for p in list(parameters.values())[3:]
+        if p.default is inspect.Parameter.empty and p.name != "scale"
+    ]
+    if len(parameters) < 4 or required:
+        lacking = f"; without a default: {', '.join(required)}" if required else ""
+        raise DeclarationError(
+            f"{name}: run must be run(query, key, value, *, scale, …) with defaults for the options{lacking}"
+        )

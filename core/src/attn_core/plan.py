@@ -1,0 +1,142 @@
+"""plan(): a choice made once, for calls in a loop.
+
+A plan skips the lookup, not the meaning: it checks that shapes, dtype, device and layout are those that it was made
+for. `unchecked=True` skips that as well, and carries the precondition in its name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bias import AttnBias, as_bias
+from .bind import Bound
+from .dispatch import ATTENTION, SDPA, SDPA_GQA, decide
+from .errors import InputError, InputTypeError, PlanError
+from .explain import Explanation, explain_problem
+from .problem import Problem
+from .scope import current
+
+_is_grad_enabled = torch.is_grad_enabled
+
+
+def plan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: AttnBias | Tensor | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    kernel: str | None = None,
+    layout: str = "heads-last",
+    enable_gqa: bool = False,
+    unchecked: bool = False,
+) -> Plan | Bound:
+    """Chooses now, for calls with operands like these.
+
+    Args:
+        layout: "heads-last" as in `attention`, or "heads-first" as in `scaled_dot_product_attention`, for which
+            `enable_gqa` is, too. Other arguments are those of `attention`.
+        unchecked: return the bare function `(query, key, value, bias)`. Precondition: operands of the very shapes,
+            strides, dtype, device and requires_grad given here. With others it may read out of bounds.
+
+    Raises what `attention` raises.
+    """
+    if layout not in ("heads-last", "heads-first"):
+        raise InputError(f'layout: must be "heads-last" or "heads-first", got {layout!r}')
+    door = ATTENTION if layout == "heads-last" else SDPA_GQA if enable_gqa else SDPA
+    given = as_bias(bias)
+    run = decide(current.get(), door, query, key, value, given, scale, softcap, dropout_p, return_lse, kernel)
+    if getattr(run, "candidate", None) is None:
+        raise InputTypeError("plan: takes plain tensors; what the core does not model goes to torch call by call")
+    return run if unchecked else Plan(run, given, _seen(query, key, value))
+
+
+class Plan:
+    """A kernel bound to a problem: `plan(query, key, value)` runs it.
+
+    A bias is part of a plan. One that holds data may be given anew, with the same shape, dtype and device.
+    """
+
+    __slots__ = ("_bias", "_bias_key", "_expected", "_run", "kernel", "problem")
+
+    def __init__(self, run: Bound, bias: AttnBias | None, expected: tuple[Any, ...]) -> None:
+        self._run = run
+        self._bias = bias
+        self._bias_key = None if bias is None else bias.key
+        self._expected = expected
+        self.kernel: str = run.candidate.kernel.name  # type: ignore[attr-defined]
+        self.problem: Problem = run.problem  # type: ignore[attr-defined]
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, bias: AttnBias | Tensor | None = None) -> Any:
+        """Runs the plan. Raises PlanError for operands other than it was made for."""
+        if (
+            query.shape,
+            key.shape,
+            value.shape,
+            query.dtype,
+            key.dtype,
+            value.dtype,
+            query.device,
+            _is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
+            query.is_contiguous() or query.stride(),
+            key.is_contiguous() or key.stride(),
+            value.is_contiguous() or value.stride(),
+        ) != self._expected:
+            self._refuse(query, key, value)
+        if bias is None:
+            return self._run(query, key, value, self._bias)
+        return self._run(query, key, value, self._given(bias))
+
+    def explain(self) -> Explanation:
+        """What was chosen, and why not the others."""
+        return explain_problem(self.problem)
+
+    def __repr__(self) -> str:
+        return f"<Plan: {self.kernel} for {self.problem}>"
+
+    def _given(self, bias: AttnBias | Tensor) -> AttnBias | None:
+        given = as_bias(bias)
+        if given is None or given.key != self._bias_key:
+            raise PlanError(f"plan: made for bias {self._bias!r}, got {given!r}; make another plan")
+        return given
+
+    def _refuse(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        lines = [
+            f"  {name}: made for {want}, got {got}"
+            for name, want, got in zip(_SEEN, self._expected, _seen(query, key, value))
+            if want != got
+        ]
+        raise PlanError("\n".join(["plan: these operands are not those it was made for; make another plan", *lines]))
+
+
+_SEEN = (
+    "query.shape",
+    "key.shape",
+    "value.shape",
+    "query.dtype",
+    "key.dtype",
+    "value.dtype",
+    "device",
+    "requires_grad",
+    "query.stride",
+    "key.stride",
+    "value.stride",
+)
+
+
+def _seen(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
+    """What a plan checks, in the order of `_SEEN`; `Plan.__call__` has it written out, since a call is dear there."""
+    operands = (query, key, value)
+    return (
+        *(tensor.shape for tensor in operands),
+        *(tensor.dtype for tensor in operands),
+        query.device,
+        _is_grad_enabled() and any(tensor.requires_grad for tensor in operands),
+        *(tensor.is_contiguous() or tensor.stride() for tensor in operands),
+    )

@@ -1,0 +1,201 @@
+"""Scopes: `with prefer(...)`, `with allow(...)`, and the tables of choices that belong to them.
+
+Forced by two facts:
+- Eager calls must see the scope of their task (ContextVar). A traced graph cannot read a ContextVar, but it can read an
+  attribute of a thread-local, by guard; so entering a scope sets both, and tracing reads the thread-local mirror. A
+  compiled function therefore follows the scope of its *thread* at call time.
+- The lookup of a cached choice must not pay for the scope. So the scope is itself the table: one per settings, found
+  again (warm) when the same settings are entered again.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .environment import check_allowed, read_environment
+from .registry import registry
+
+if TYPE_CHECKING:
+    from .record import Recorder
+
+#: Choices kept per scope; the oldest goes when a new one comes.
+TABLE_SIZE = 4096
+#: Settings whose tables are kept warm.
+SCOPES_KEPT = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a scope says."""
+
+    prefer: tuple[str, ...] = ()  #: kernel name patterns, the most preferred first
+    allow: frozenset[str] = frozenset()
+
+
+class Scope(dict[Any, Callable[..., Any]]):
+    """Settings, and the choices made under them: key of a call -> function that runs it."""
+
+    def __init__(self, settings: Settings, recorders: tuple[Recorder, ...] = ()) -> None:
+        super().__init__()
+        self.settings = settings
+        self.recorders = recorders
+
+    def keep(self, key: Any, run: Callable[..., Any]) -> None:
+        """Stores a choice, dropping the oldest where the table is full."""
+        with _lock:
+            while len(self) >= TABLE_SIZE:
+                del self[next(iter(self))]
+            self[key] = run
+
+
+def _settings_of_environment() -> Settings:
+    environment = read_environment()
+    return Settings(prefer=environment.prefer, allow=environment.allow)
+
+
+_lock = threading.Lock()
+#: Outside every `with`: what ATTN_PREFER and ATTN_ALLOW say.
+_base = Scope(_settings_of_environment())
+_warm: dict[Settings, Scope] = {}
+_recording: list[Scope] = []
+
+current: ContextVar[Scope] = ContextVar("attn_scope", default=_base)
+
+
+class Mirror(threading.local):
+    """The settings of this thread, as plain values that a traced graph can guard on."""
+
+    def __init__(self) -> None:
+        self.prefer = _base.settings.prefer
+        self.approximate = "approximate" in _base.settings.allow
+
+
+mirror = Mirror()
+
+
+def scope_for(settings: Settings, recorders: tuple[Recorder, ...] = ()) -> Scope:
+    """The scope of these settings, with the choices made before under the same."""
+    if recorders:  # the functions that it keeps count into these recorders, so its table is its own
+        scope = Scope(settings, recorders)
+        _recording.append(scope)
+        return scope
+    if settings == _base.settings:
+        return _base
+    with _lock:
+        found = _warm.pop(settings, None) or Scope(settings)
+        _warm[settings] = found  # moved to the end: the one left alone for longest goes first
+        while len(_warm) > SCOPES_KEPT:
+            del _warm[next(iter(_warm))]
+    return found
+
+
+def drop(scope: Scope) -> None:
+    """Forgets a recording scope that was left."""
+    _recording[:] = [other for other in _recording if other is not scope]
+
+
+def forget_choices() -> None:
+    """Empties every table: kernels came, went or broke."""
+    for scope in (_base, *list(_warm.values()), *list(_recording)):
+        with _lock:
+            scope.clear()
+
+
+def refresh() -> None:
+    """Reads the ATTN_* variables again and looks for plugins anew, as after a `pip install` in a running process.
+
+    Kernels registered in this process are forgotten. Scopes that are open keep their settings.
+    """
+    _base.settings = _settings_of_environment()
+    mirror.__init__()  # type: ignore[misc]
+    registry.reload()
+
+
+registry.on_change(forget_choices)
+
+
+class _ScopeContext:
+    """Enters a scope whose settings derive from those around it. Re-entrant, for `with` and as a decorator's body."""
+
+    def __init__(self) -> None:
+        self._entered: list[tuple[Token[Scope] | None, tuple[str, ...], bool]] = []
+
+    def _derive(self, prefer: tuple[str, ...], approximate: bool) -> tuple[tuple[str, ...], bool]:
+        raise NotImplementedError
+
+    def __enter__(self) -> _ScopeContext:
+        token = None
+        before = mirror.prefer, mirror.approximate
+        if not torch.compiler.is_dynamo_compiling():
+            outer = current.get()
+            prefer, approximate = self._derive(outer.settings.prefer, "approximate" in outer.settings.allow)
+            allow = outer.settings.allow | {"approximate"} if approximate else outer.settings.allow
+            settings = replace(outer.settings, prefer=prefer, allow=allow)
+            token = current.set(scope_for(settings, outer.recorders))
+        else:
+            prefer, approximate = self._derive(*before)
+        mirror.prefer, mirror.approximate = prefer, approximate
+        self._entered.append((token, *before))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        token, mirror.prefer, mirror.approximate = self._entered.pop()
+        if token is not None:
+            left = current.get()
+            current.reset(token)
+            if left.recorders:
+                drop(left)
+
+
+class prefer(_ScopeContext):  # noqa: N801  (reads as a verb: `with prefer("flash/*")`)
+    """Within it, kernels whose name matches an earlier pattern come first, where they take the problem.
+
+        with prefer("flash/fa3", "torch/*"):
+            model(x)
+
+    Patterns are those of the shell (`*`, `?`, `[…]`). An inner scope's come before the outer's. A name without
+    wildcards that nobody registered raises UnknownKernelError; a pattern that matches nothing warns.
+
+    Eager calls follow the scope of their task; compiled functions that of their thread.
+    """
+
+    def __init__(self, *patterns: str) -> None:
+        super().__init__()
+        self.patterns = patterns
+        if not torch.compiler.is_dynamo_compiling():
+            check_patterns(patterns)
+
+    def _derive(self, prefer: tuple[str, ...], approximate: bool) -> tuple[tuple[str, ...], bool]:
+        return self.patterns + prefer, approximate
+
+
+class allow(_ScopeContext):  # noqa: N801
+    """Within it, what is left out by default may be chosen: `with allow("approximate")`.
+
+    Raises InputError for another word.
+    """
+
+    def __init__(self, *what: str) -> None:
+        super().__init__()
+        check_allowed(what, "allow")
+
+    def _derive(self, prefer: tuple[str, ...], approximate: bool) -> tuple[tuple[str, ...], bool]:
+        return prefer, True
+
+
+def check_patterns(patterns: tuple[str, ...]) -> None:
+    """Raises UnknownKernelError for a plain name that is unknown; warns of a pattern that matches no kernel."""
+    for pattern in patterns:
+        if not any(c in pattern for c in "*?["):
+            registry.kernel(pattern)
+        elif not any(fnmatchcase(kernel.name, pattern) for kernel in registry.kernels()):
+            warnings.warn(f"prefer: no kernel matches {pattern!r}; `attn kernels` lists all", stacklevel=4)

@@ -1,0 +1,158 @@
+"""Choosing: which kernels take a problem, how, at what estimated cost, and in which order.
+
+    kernel= in the call  >  prefer scopes, then ATTN_PREFER  >  estimated seconds  >  name
+
+Every kernel is considered every time, so that the reasons of those not taken are there when somebody asks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+import torch
+
+from .adapt import ADAPTATIONS, Adaptation
+from .capabilities import Refusal
+from .errors import KernelRefusedError, NoKernelError
+from .kernel import Kernel
+from .problem import Problem
+from .registry import Registry, State
+from .scope import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One kernel, considered for one problem.
+
+    `state` is "ready" where it takes the problem, else why not: a state of the kernel, or "refused". A kernel whose
+    last run raised is "failed", and still takes problems (`takes` is what counts).
+    """
+
+    kernel: Kernel
+    state: State
+    reason: str = ""
+    fix: str | None = None
+    refusals: tuple[Refusal, ...] = ()
+    steps: tuple[tuple[Adaptation, Problem], ...] = ()  #: adaptations, each with the problem that it makes
+    problem: Problem  #: as the kernel sees it, after the adaptations
+    seconds: float | None = None  #: estimated, adaptations included; None where it does not take the problem
+    preferred: int | None = None  #: place of the first pattern of the scope that names it
+
+    @property
+    def takes(self) -> bool:
+        return self.seconds is not None
+
+    @property
+    def adaptations(self) -> tuple[str, ...]:
+        return tuple(adaptation.name for adaptation, _ in self.steps)
+
+    def reasons(self) -> tuple[str, ...]:
+        """Why it does not take the problem, a line each."""
+        if self.refusals:
+            return tuple(map(str, self.refusals))
+        return (f"{self.state}: {self.reason}",) if self.reason else ()
+
+
+def with_plain_lengths(problem: Problem) -> Problem:
+    """The problem with the sizes at hand in place of symbolic ones, as an estimate needs them.
+
+    Where a graph is exported by running Python on fake tensors, comparing symbolic estimates would add guards that
+    break a bounded dimension; the choice is made for the example's sizes.
+    """
+    sizes = {field: _plain(getattr(problem, field)) for field in ("batch", "seqlen_q", "seqlen_kv")}
+    bias = problem.bias
+    if bias is not None and any(isinstance(n, torch.SymInt) for n in bias.bound_lengths()):
+        bias = bias.at((sizes["seqlen_q"], sizes["seqlen_kv"]))
+    return replace(problem, bias=bias, **sizes)
+
+
+def _plain(size: int) -> int:
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
+
+
+def consider(registry: Registry, kernel: Kernel, problem: Problem, settings: Settings) -> Candidate:
+    """Whether and how `kernel` takes `problem`."""
+    condition = registry.condition(kernel)
+    preferred = next((i for i, p in enumerate(settings.prefer) if fnmatchcase(kernel.name, p)), None)
+    if condition.state not in ("ready", "failed"):
+        return Candidate(
+            kernel=kernel,
+            state=condition.state,
+            reason=condition.reason,
+            fix=condition.fix,
+            problem=problem,
+            preferred=preferred,
+        )
+    refusals = kernel.refusals(problem)
+    adapted, steps, extra = problem, [], 0.0
+    for adaptation in ADAPTATIONS:
+        if not refusals:
+            break
+        if any(refusal.field in adaptation.fields for refusal in refusals):
+            after = adaptation.rewrite(adapted, kernel.declaration(adapted))
+            if after is not None:
+                extra += adaptation.seconds(adapted, after)
+                steps.append((adaptation, after))
+                adapted = after
+                refusals = kernel.refusals(adapted)
+    if kernel.declaration(problem).numerics == "approximate" and "approximate" not in settings.allow:
+        text = 'is approximate; allowed within `with allow("approximate")` or by ATTN_ALLOW=approximate'
+        refusals = [*refusals, Refusal("numerics", text)]
+    if refusals:
+        # The reasons that the caller reads are those for the call as it was written.
+        unadapted = kernel.refusals(problem)
+        solvable = {field for adaptation, _ in steps for field in adaptation.fields}
+        shown = [r for r in unadapted if r.field not in solvable or any(r.field == s.field for s in refusals)]
+        shown += [r for r in refusals if all(r.field != s.field for s in shown)]
+        return Candidate(
+            kernel=kernel, state="refused", refusals=tuple(shown), problem=problem, preferred=preferred
+        )
+    return Candidate(
+        kernel=kernel,
+        state=condition.state,
+        reason=condition.reason,
+        steps=tuple(steps),
+        problem=adapted,
+        seconds=kernel.seconds(adapted) + extra,
+        preferred=preferred,
+    )
+
+
+def rank(registry: Registry, problem: Problem, settings: Settings) -> list[Candidate]:
+    """Every kernel, those that take the problem first, the best of them at the top."""
+    found = [consider(registry, kernel, problem, settings) for kernel in registry.kernels()]
+    last = len(settings.prefer)
+
+    def order(candidate: Candidate) -> tuple[bool, int, float, str]:
+        place = last if candidate.preferred is None else candidate.preferred
+        return not candidate.takes, place, candidate.seconds or 0.0, candidate.kernel.name
+
+    return sorted(found, key=order)
+
+
+def choose(registry: Registry, problem: Problem, settings: Settings, forced: str | None = None) -> Candidate:
+    """The kernel that runs `problem`.
+
+    Raises UnknownKernelError or KernelRefusedError where the caller insists on one by name, NoKernelError where none
+    takes the problem.
+    """
+    if forced is not None:
+        candidate = consider(registry, registry.kernel(forced), problem, settings)
+        if not candidate.takes:
+            raise KernelRefusedError(f"{told(candidate)}\nThe problem: {problem}")
+        return candidate
+    candidates = rank(registry, problem, settings)
+    if not candidates or not candidates[0].takes:
+        reasons = "\n".join(told(candidate) for candidate in candidates) or "no kernel is registered"
+        raise NoKernelError(f"no kernel takes this problem: {problem}\n{reasons}")
+    return candidates[0]
+
+
+def told(candidate: Candidate) -> str:
+    """A refusal for people: the kernel, then one line per reason."""
+    if candidate.refusals:
+        head = f"kernel {candidate.kernel.name!r} refuses this problem:"
+        return "\n".join([head, *(f"  {reason}" for reason in candidate.reasons())])
+    fix = f" ({candidate.fix})" if candidate.fix else ""
+    return f"kernel {candidate.kernel.name!r} is {candidate.state}: {candidate.reason}{fix}"

@@ -1,0 +1,104 @@
+"""torch/flash: torch's FlashAttention, on CPU and on CUDA.
+
+Called by the bindings behind F.scaled_dot_product_attention: as fast, differentiable, and blind to the process-wide
+`sdpa_kernel` switch, so that it certainly runs what it names.
+
+The CPU op reports an LSE of 0.0 for a row without keys; the CUDA op +inf. Both are put right here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..bias import AttnBias, Causal, TensorBias
+from ..capabilities import ANY_DIM, Backward, Capabilities, Refusal
+from ..kernel import Cost, Kernel
+from ..problem import Problem
+from .dense import MASKED, additive, empty_rows, of_rank_four
+
+_cpu = torch._scaled_dot_product_flash_attention_for_cpu  # type: ignore[attr-defined]
+_cuda = torch._scaled_dot_product_flash_attention  # type: ignore[attr-defined]
+
+HALF = frozenset({torch.float16, torch.bfloat16})
+
+
+def run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    bias: AttnBias | None = None,
+    scale: float,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+) -> Any:
+    """Heads-first: `[batch, num_heads, seqlen, head_dim]`."""
+    if bias is None and not return_lse and not query.is_cuda:
+        return _cpu(query, key, value, scale=scale)[0]
+    if query.is_cuda:
+        return _run_cuda(query, key, value, bias is not None, scale, dropout_p, return_lse)
+    mask = None
+    if isinstance(bias, TensorBias):
+        # The op takes float32 beside a half-precision query: what is wider than the query keeps its precision.
+        dtype = torch.float32 if query.dtype in HALF and bias.tensor.dtype is not query.dtype else query.dtype
+        mask = of_rank_four(additive(bias, dtype))
+    out, lse = _cpu(query, key, value, 0.0, mask is None and bias is not None, attn_mask=mask, scale=scale)
+    if not return_lse:
+        return out
+    return out, lse if mask is None else lse.masked_fill(empty_rows(mask), MASKED)
+
+
+def _run_cuda(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float, dropout_p: float, return_lse: bool
+) -> Any:
+    out, lse, *_ = _cuda(query, key, value, dropout_p, causal, False, scale=scale)
+    return (out, lse.masked_fill(lse == float("inf"), MASKED)) if return_lse else out
+
+
+def refuse(problem: Problem) -> Iterator[Refusal]:
+    small = problem.compute_capability in ((8, 6), (8, 9), (12, 0), (12, 1))
+    if problem.is_cuda and problem.needs_backward and small and 192 < problem.head_dim <= 224:
+        text = f"takes up to 192, or 225 to 256, in the backward on sm_86, sm_89 and sm_12x, got {problem.head_dim}"
+        yield Refusal("backward.head_dims", text)
+
+
+ON_CPU = Capabilities(
+    devices={"cpu"},
+    dtypes={torch.float32, torch.float64, torch.float16, torch.bfloat16},
+    head_dims=ANY_DIM,
+    biases={Causal("top-left"), TensorBias},
+    backward=Backward(deterministic=True),
+    gqa=True,
+    return_lse=True,
+    deterministic=True,
+    compile=True,
+)
+ON_CUDA = Capabilities(
+    devices={"cuda"},
+    dtypes=HALF,
+    head_dims=range(8, 257, 8),
+    biases={Causal("bottom-right")},
+    backward=Backward(),
+    gqa=True,
+    dropout=True,
+    return_lse=True,
+    deterministic=True,
+    compile=True,
+    min_compute_capability=(8, 0),
+)
+KERNEL = Kernel(
+    name="torch/flash",
+    run=run,
+    capabilities=(ON_CPU, ON_CUDA),
+    layout="heads-first",
+    refuse=refuse,
+    costs={
+        "cpu": Cost(call=8e-6, pair_dim=17.5e-12, pair=0.6e-9, token_dim=0.3e-9, mask=0.9e-9, source="EPYC, 2 cores"),
+        "cuda": Cost(call=12e-6, pair_dim=8e-15, pair=0.2e-12, token_dim=1e-12),
+    },
+    skips={Causal},
+)
