@@ -18,12 +18,12 @@ from typing import Any, Literal
 import pluggy
 
 from . import hookspecs
+from .capabilities import Refusal
+from .discovery import BUILT_IN, BUILT_IN_MODULE, CORE, installed_entry_points, owner
 from .environment import Environment, read_environment
 from .errors import DeclarationError, DuplicateKernelError, PluginWarning, UnknownKernelError, suggestion
 from .kernel import Kernel, Run, Unusable, resolve
-
-BUILT_IN = "torch"
-BUILT_IN_MODULE = "attn_core.torch_kernels"
+from .problem import Problem
 
 State = Literal["ready", "absent", "broken", "unavailable", "refused", "failed"]
 
@@ -85,6 +85,7 @@ class Registry:
     def __init__(self, entry_points: Callable[[], Iterable[Any]] | None = None) -> None:
         self._find_entry_points = entry_points or installed_entry_points
         self._lock = threading.RLock()
+        self._probing = threading.RLock()  # apart: a probe may import at length, and registering need not wait for it
         self._loaded = False
         self._loading = False
         self._plugins: dict[str, Plugin] = {}
@@ -92,6 +93,9 @@ class Registry:
         self._conditions: dict[str, Condition] = {}
         self._runs: dict[str, Run] = {}
         self._on_change: list[Callable[[], None]] = []
+        #: What a traced graph reads: functions by kernel name, and their own limits.
+        self.traceable: dict[str, Run] = {}
+        self.refusers: dict[str, Callable[[Problem], Iterable[Refusal]]] = {}
         #: Grows with every change; a traced choice is guarded by it.
         self.generation = 0
 
@@ -120,21 +124,32 @@ class Registry:
         """Whether `kernel` can run here at all: asks its probe once, and keeps the answer."""
         condition = self._conditions.get(kernel.name)
         if condition is None:
-            condition = self._conditions[kernel.name] = _probe(kernel)
+            with self._probing:
+                condition = self._conditions.get(kernel.name)
+                if condition is None:
+                    condition = self._conditions[kernel.name] = _probe(kernel)
         return condition
 
     def run(self, kernel: Kernel) -> Run:
-        """The function of `kernel`, imported at first use. Raises DeclarationError where that fails; it is broken then."""
+        """The function of `kernel`, imported at first use. Where that fails it is broken; raises DeclarationError."""
         run = self._runs.get(kernel.name)
         if run is None:
             try:
                 run = resolve(kernel)
-            except DeclarationError as error:
-                self._conditions[kernel.name] = Condition(state="broken", reason=str(error))
+            except (Exception, SystemExit) as error:  # importing a stale library raises anything
+                told = error if isinstance(error, DeclarationError) else None
+                text = str(error) if told else f"{kernel.name}: run {kernel.run!r} cannot be loaded: {_told(error)}"
+                self._conditions[kernel.name] = Condition(state="broken", reason=text)
                 self._changed()
-                raise
+                raise told or DeclarationError(text) from error
             self._runs[kernel.name] = run
         return run
+
+    def make_traceable(self, kernel: Kernel) -> None:
+        """Puts the kernel where a traced graph can read it."""
+        self.traceable[kernel.name] = self.run(kernel)
+        if kernel.refuse is not None:
+            self.refusers[kernel.name] = kernel.refuse
 
     def note_failure(self, kernel: Kernel, error: BaseException) -> None:
         """Remembers that a run raised, to be shown; the kernel goes on being chosen, and raising."""
@@ -175,20 +190,24 @@ class Registry:
 
     def load(self) -> None:
         """Finds and asks the plugins, once. A plugin that calls back in while it is loaded sees those before it."""
-        if self._loaded or self._loading:
+        if self._loaded:
             return
-        with self._lock:
+        with self._lock:  # another thread waits here until all are there; the loading one comes through
             if self._loaded or self._loading:
                 return
             self._loading = True
             try:
-                self._load_all(read_environment())
+                left_out = self._load_all(read_environment())
             finally:
                 self._loading = False
             self._loaded = True
             self._changed()
+        for text in left_out:  # at the end: where warnings are errors, the others are there all the same
+            warnings.warn(text, PluginWarning, stacklevel=3)
 
-    def _load_all(self, environment: Environment) -> None:
+    def _load_all(self, environment: Environment) -> list[str]:
+        """Fills the tables. Returns what to warn of."""
+        left_out: list[str] = []
         by_name: dict[str, list[Any]] = {}
         for entry_point in self._find_entry_points():
             by_name.setdefault(entry_point.name, []).append(entry_point)
@@ -202,40 +221,36 @@ class Registry:
             self._plugins[name] = plugin
             if plugin.state == "broken":
                 fix = f"; {plugin.fix}" if plugin.fix else ""
-                warnings.warn(f"plugin {name!r} is left out: {plugin.reason}{fix}", PluginWarning, stacklevel=5)
+                left_out.append(f"plugin {name!r} is left out: {plugin.reason}{fix}")
+            if name == BUILT_IN:
+                strangers = {owner(e)[0] for e in by_name[name]} - {"", CORE}
+                left_out += [f"plugin {name!r} of {who} is left out: the built-in has that name" for who in strangers]
+        return sorted(left_out)
 
-    def _load_one(
-        self, name: str, entry_points: list[Any], environment: Environment
-    ) -> tuple[Plugin, list[Kernel]]:
+    def _load_one(self, name: str, entry_points: list[Any], environment: Environment) -> tuple[Plugin, list[Kernel]]:
         if name == BUILT_IN:
             entry_points = [e for e in entry_points if e.value == BUILT_IN_MODULE][:1] or entry_points
         entry_point = entry_points[0]
-        distribution = entry_point.dist
-        plugin = Plugin(
-            name=name,
-            state="ready",
-            distribution="" if distribution is None else distribution.name,
-            version="" if distribution is None else distribution.version,
-            entry_point=entry_point.value,
-        )
+        who, version = owner(entry_point)
+        plugin = Plugin(name=name, state="ready", distribution=who, version=version, entry_point=entry_point.value)
         if len(entry_points) > 1:
-            owners = " and ".join(sorted(e.dist.name for e in entry_points))
+            owners = " and ".join(sorted(owner(e)[0] for e in entry_points))
             return _broken(plugin, f"{owners} both offer a plugin {name!r}; uninstall one of them"), []
         if name != BUILT_IN:
             if name in environment.block:
                 return _off(plugin, "blocked by ATTN_BLOCK"), []
             if environment.plugins is not None and name not in environment.plugins:
                 return _off(plugin, "not listed in ATTN_PLUGINS"), []
-            from .versions import misfit  # `packaging` is only needed where a stranger is installed
-
-            reason = misfit(distribution)
-            if reason is not None:
-                return _broken(plugin, *reason), []
         try:
+            if name != BUILT_IN:
+                from .versions import misfit  # `packaging` is only needed where a stranger is installed
+
+                reason = misfit(entry_point.dist)
+                if reason is not None:
+                    return _broken(plugin, *reason), []
             kernels = ask(name, entry_point.load())
         except (Exception, SystemExit) as error:
             return _broken(plugin, _told(error)), []
-
         return replace(plugin, kernels=tuple(sorted(k.name for k in kernels))), kernels
 
     def _add(self, kernels: list[Kernel]) -> None:
@@ -276,7 +291,8 @@ def ask(name: str, module: Any) -> list[Kernel]:
         raise DeclarationError("it has no hook attn_kernels (is it marked with @hookimpl?)")
     kernels: list[Kernel] = []
     for implementation in implementations:
-        for kernel in implementation.function():  # a generator may raise half-way: then none of it counts
+        offered: Any = implementation.function()
+        for kernel in offered:  # a generator may raise half-way: then none of it counts
             if not isinstance(kernel, Kernel):
                 raise DeclarationError(f"attn_kernels must yield Kernel, got {kernel!r}")
             if kernel.plugin != name:
@@ -289,22 +305,12 @@ def ask(name: str, module: Any) -> list[Kernel]:
     return kernels
 
 
-def installed_entry_points() -> list[Any]:
-    """Entry points of group `attn.plugins`, the built-in among them."""
-    import importlib_metadata
-
-    found = list(importlib_metadata.entry_points(group=hookspecs.GROUP))
-    if not any(e.value == BUILT_IN_MODULE for e in found):  # run from a source tree, without metadata
-        found.append(importlib_metadata.EntryPoint(BUILT_IN, BUILT_IN_MODULE, hookspecs.GROUP))
-    return found
-
-
 def _probe(kernel: Kernel) -> Condition:
     if kernel.probe is None:
         return READY
     try:
-        answer = kernel.probe()
-    except Exception as error:
+        answer: Any = kernel.probe()
+    except (Exception, SystemExit) as error:
         return Condition(state="broken", reason=f"its probe raised {_told(error)}")
     if answer is None:
         return READY
@@ -318,12 +324,10 @@ def _told(error: BaseException) -> str:
 
 
 def _broken(plugin: Plugin, reason: str, fix: str | None = None) -> Plugin:
-
     return replace(plugin, state="broken", reason=reason, fix=fix, kernels=())
 
 
 def _off(plugin: Plugin, reason: str) -> Plugin:
-
     return replace(plugin, state="unavailable", reason=reason)
 
 
