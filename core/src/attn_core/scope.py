@@ -82,11 +82,16 @@ class Mirror(threading.local):
 mirror = Mirror()
 
 
+def _reflect(settings: Settings) -> None:
+    mirror.prefer, mirror.approximate = settings.prefer, "approximate" in settings.allow
+
+
 def scope_for(settings: Settings, recorders: tuple[Recorder, ...] = ()) -> Scope:
     """The scope of these settings, with the choices made before under the same."""
     if recorders:  # the functions that it keeps count into these recorders, so its table is its own
         scope = Scope(settings, recorders)
-        _recording.append(scope)
+        with _lock:
+            _recording.append(scope)
         return scope
     if settings == _base.settings:
         return _base
@@ -100,7 +105,8 @@ def scope_for(settings: Settings, recorders: tuple[Recorder, ...] = ()) -> Scope
 
 def drop(scope: Scope) -> None:
     """Forgets a recording scope that was left."""
-    _recording[:] = [other for other in _recording if other is not scope]
+    with _lock:
+        _recording[:] = [other for other in _recording if other is not scope]
 
 
 def forget_choices() -> None:
@@ -116,44 +122,56 @@ def refresh() -> None:
     Kernels registered in this process are forgotten. Scopes that are open keep their settings.
     """
     _base.settings = _settings_of_environment()
-    mirror.__init__()  # type: ignore[misc]
+    _reflect(current.get().settings)
     registry.reload()
 
 
 registry.on_change(forget_choices)
 
 
+#: The `with` blocks that this task is in, each with the way back.
+_entered: ContextVar[tuple[tuple[_ScopeContext, Token[Scope]], ...]] = ContextVar("attn_entered", default=())
+
+
 class _ScopeContext:
-    """Enters a scope whose settings derive from those around it. Re-entrant, for `with` and as a decorator's body."""
+    """Enters a scope whose settings derive from those around it. Re-entrant, and may be shared by threads and tasks.
+
+    An eager `with` keeps what it found in a ContextVar: on the object, tasks that share it would take each other's. A
+    traced one cannot, and keeps it on the object.
+    """
 
     def __init__(self) -> None:
-        self._entered: list[tuple[Token[Scope] | None, tuple[str, ...], bool]] = []
+        self._traced: list[tuple[tuple[str, ...], bool]] = []
 
     def _derive(self, prefer: tuple[str, ...], approximate: bool) -> tuple[tuple[str, ...], bool]:
         raise NotImplementedError
 
     def __enter__(self) -> _ScopeContext:
-        token = None
-        before = mirror.prefer, mirror.approximate
-        if not torch.compiler.is_dynamo_compiling():
-            outer = current.get()
-            prefer, approximate = self._derive(outer.settings.prefer, "approximate" in outer.settings.allow)
-            allow = outer.settings.allow | {"approximate"} if approximate else outer.settings.allow
-            settings = replace(outer.settings, prefer=prefer, allow=allow)
-            token = current.set(scope_for(settings, outer.recorders))
-        else:
-            prefer, approximate = self._derive(*before)
-        mirror.prefer, mirror.approximate = prefer, approximate
-        self._entered.append((token, *before))
+        if torch.compiler.is_dynamo_compiling():
+            self._traced.append((mirror.prefer, mirror.approximate))
+            mirror.prefer, mirror.approximate = self._derive(mirror.prefer, mirror.approximate)
+            return self
+        outer = current.get()
+        prefer, approximate = self._derive(outer.settings.prefer, "approximate" in outer.settings.allow)
+        allow = outer.settings.allow | {"approximate"} if approximate else outer.settings.allow
+        scope = scope_for(replace(outer.settings, prefer=prefer, allow=allow), outer.recorders)
+        _entered.set((*_entered.get(), (self, current.set(scope))))
+        _reflect(scope.settings)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        token, mirror.prefer, mirror.approximate = self._entered.pop()
-        if token is not None:
-            left = current.get()
-            current.reset(token)
-            if left.recorders:
-                drop(left)
+        if self._traced:
+            mirror.prefer, mirror.approximate = self._traced.pop()
+            return
+        entered = _entered.get()
+        last = max(i for i, (owner, _) in enumerate(entered) if owner is self)
+        _entered.set(entered[:last] + entered[last + 1 :])
+        left = current.get()
+        current.reset(entered[last][1])
+        # Not what the mirror showed on entering: another task of this thread may have entered or left since.
+        _reflect(current.get().settings)
+        if left.recorders:
+            drop(left)
 
 
 class prefer(_ScopeContext):  # noqa: N801  (reads as a verb: `with prefer("flash/*")`)
