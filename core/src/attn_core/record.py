@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ class Row:
     kernel: str
     problem: Problem | None
     adaptations: tuple[str, ...] = ()
-    reason: str = ""  #: why the stock path was kept
+    reason: str = ""  #: why the stock path was kept; of a traced choice, what was asked
     compiled: bool = False
     calls: int | None = 0
     seconds: float | None = 0.0
@@ -47,7 +47,7 @@ class Recorder:
     """What `record()` yields: rows that can be iterated, printed and saved."""
 
     def __init__(self) -> None:
-        self._rows: dict[tuple[str, Problem | None, bool], Row] = {}
+        self._rows: dict[tuple[str, Problem | None, str, bool], Row] = {}
         self._lock = threading.Lock()
 
     def __iter__(self) -> Iterator[Row]:
@@ -58,52 +58,64 @@ class Recorder:
 
     def rows(self) -> list[Row]:
         """The rows, the ones that took longest first, traced choices last."""
-        return sorted(self._rows.values(), key=lambda row: -1.0 if row.seconds is None else row.seconds, reverse=True)
+        with self._lock:
+            rows = list(self._rows.values())
+        return sorted(rows, key=lambda row: -1.0 if row.seconds is None else row.seconds, reverse=True)
 
     @property
     def kernels(self) -> dict[str, int]:
         """Calls per kernel; 0 for one that was only chosen in a traced graph."""
         counts: dict[str, int] = {}
-        for row in self._rows.values():
+        for row in self.rows():
             counts[row.kernel] = counts.get(row.kernel, 0) + (row.calls or 0)
         return dict(sorted(counts.items()))
 
-    def row(
-        self, kernel: str, problem: Problem | None, adaptations: tuple[str, ...] = (), reason: str = ""
-    ) -> Row:
+    def row(self, kernel: str, problem: Problem | None, adaptations: tuple[str, ...] = (), reason: str = "") -> Row:
         """The row that counts calls of `problem` by `kernel`, made where it is new."""
         return self._row(Row(kernel=kernel, problem=problem, adaptations=adaptations, reason=reason))
 
-    def note_traced(self, kernel: str, problem: Problem | None, adaptations: tuple[str, ...]) -> None:
-        """Adds the row of a choice made while a graph was traced."""
+    def note_traced(self, kernel: str, adaptations: tuple[str, ...], call: str) -> None:
+        """Adds the row of a choice made while a graph was traced; its lengths may be symbolic, so `call` is text."""
         self._row(
-            Row(kernel=kernel, problem=problem, adaptations=adaptations, compiled=True, calls=None, seconds=None)
+            Row(
+                kernel=kernel,
+                problem=None,
+                adaptations=adaptations,
+                reason=call,
+                compiled=True,
+                calls=None,
+                seconds=None,
+            )
         )
 
     def _row(self, new: Row) -> Row:
-        key = new.kernel, new.problem, new.compiled
+        key = new.kernel, new.problem, new.reason, new.compiled
         with self._lock:
             row = self._rows.get(key)
             if row is None:
                 if len(self._rows) >= ROWS:
-                    key = OTHERS, None, new.compiled
+                    key = OTHERS, None, "", new.compiled
                     new = Row(kernel=OTHERS, problem=None, compiled=new.compiled, calls=new.calls, seconds=new.seconds)
                 row = self._rows.setdefault(key, new)
         return row
 
     def count(self, row: Row, seconds: float) -> None:
         with self._lock:
-            assert row.calls is not None and row.seconds is not None
+            assert row.calls is not None
+            assert row.seconds is not None
             row.calls += 1
             row.seconds += seconds
 
     def to_dict(self) -> list[dict[str, Any]]:
         """The rows as plain data, for JSON."""
-        plain = []
-        for row in self.rows():
-            data = {**asdict(row), "problem": None} if row.problem is None else {**row.__dict__, "problem": str(row.problem)}
-            plain.append({**data, "adaptations": list(row.adaptations)})
-        return plain
+        return [
+            {
+                **vars(row),
+                "problem": None if row.problem is None else str(row.problem),
+                "adaptations": list(row.adaptations),
+            }
+            for row in self.rows()
+        ]
 
     def __str__(self) -> str:
         lines = []
