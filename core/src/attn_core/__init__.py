@@ -5,6 +5,7 @@ This module loads no kernel library, opens no CUDA context and finds no plugin; 
 
 from .bias import AttnBias, Causal, KeyPadding, Mask, TensorBias, Window, as_bias
 from .capabilities import ANY_DEVICE, ANY_DIM, Backward, Capabilities, Refusal
+from .cost import Cost
 from .errors import (
     AttnError,
     DeclarationError,
@@ -21,7 +22,7 @@ from .errors import (
 from .explain import Explanation, Verdict, explain, explain_problem
 from .functional import attention, scaled_dot_product_attention
 from .hookspecs import hookimpl
-from .kernel import Cost, Kernel, Unusable
+from .kernel import Kernel, Unusable
 from .plan import Plan, plan
 from .problem import Problem
 from .record import Recorder, Row, record

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from .bias import AttnBias, Mask, TensorBias
 from .capabilities import Capabilities, has_padding, takes_dense_mask
+from .cost import Terms
 from .problem import Problem
 
 #: Seconds per element that is copied, per device type: what a rewrite costs beside the kernel itself.
@@ -40,19 +41,20 @@ class Adaptation:
     """One rewrite.
 
     `rewrite` gives the problem as the kernel sees it, or None where this does not help; `elements` how many elements
-    are copied; `apply` does it, given the problem before and after.
+    are copied, as coefficients of the lengths; `apply` does it, given the problem before and after.
     """
 
     name: str
     fields: frozenset[str]
     rewrite: Callable[[Problem, Capabilities], Problem | None]
-    elements: Callable[[Problem, Problem], float]
+    elements: Callable[[Problem, Problem], Terms]
     apply: Callable[[Operands, Problem, Problem, int], Operands]
 
-    def seconds(self, before: Problem, after: Problem) -> float:
-        device = before.device
-        work = CALL.get(device, 5e-6) + self.elements(before, after) * COPY.get(device, 1e-9)
-        return work * 2.0 if before.needs_backward else work
+    def terms(self, before: Problem, after: Problem) -> Terms:
+        """Seconds that it adds, as coefficients of the lengths."""
+        copied = self.elements(before, after).times(COPY.get(before.device, 1e-9))
+        work = copied.plus(Terms(call=CALL.get(before.device, 5e-6)))
+        return work.times(2.0) if before.needs_backward else work
 
 
 # expand_kv: every query head gets a key head of its own
@@ -62,8 +64,8 @@ def _expand(problem: Problem, capabilities: Capabilities) -> Problem | None:
     return replace(problem, num_kv_heads=problem.num_heads)
 
 
-def _expanded_elements(before: Problem, after: Problem) -> float:
-    return float(before.batch) * float(before.seqlen_kv) * after.num_heads * (before.head_dim + before.head_dim_v)
+def _expanded_elements(before: Problem, after: Problem) -> Terms:
+    return Terms(keys=float(after.num_heads * (before.head_dim + before.head_dim_v)))
 
 
 def _apply_expand(x: Operands, before: Problem, after: Problem, heads: int) -> Operands:
@@ -98,10 +100,9 @@ def _padded(problem: Problem, capabilities: Capabilities) -> Problem | None:
     return replace(problem, head_dim=size, head_dim_v=size_v)
 
 
-def _padded_elements(before: Problem, after: Problem) -> float:
-    queries = float(before.batch) * float(before.seqlen_q) * before.num_heads
-    keys = float(before.batch) * float(before.seqlen_kv) * before.num_kv_heads
-    return (queries + keys) * after.head_dim + (queries + keys) * after.head_dim_v
+def _padded_elements(before: Problem, after: Problem) -> Terms:
+    dims = float(after.head_dim + after.head_dim_v)
+    return Terms(queries=before.num_heads * dims, keys=before.num_kv_heads * dims)
 
 
 def _apply_pad(x: Operands, before: Problem, after: Problem, heads: int) -> Operands:
@@ -117,16 +118,13 @@ def _contiguous(problem: Problem, capabilities: Capabilities) -> Problem | None:
     return replace(problem, strided_head_dim=False)
 
 
-def _all_elements(before: Problem, after: Problem) -> float:
-    queries = float(before.batch) * float(before.seqlen_q) * before.num_heads
-    keys = float(before.batch) * float(before.seqlen_kv) * before.num_kv_heads
-    return queries * before.head_dim + keys * (before.head_dim + before.head_dim_v)
+def _all_elements(before: Problem, after: Problem) -> Terms:
+    dims = before.head_dim + before.head_dim_v
+    return Terms(queries=float(before.num_heads * before.head_dim), keys=float(before.num_kv_heads * dims))
 
 
 def _apply_contiguous(x: Operands, before: Problem, after: Problem, heads: int) -> Operands:
-    return replace(
-        x, query=_with_unit_stride(x.query), key=_with_unit_stride(x.key), value=_with_unit_stride(x.value)
-    )
+    return replace(x, query=_with_unit_stride(x.query), key=_with_unit_stride(x.key), value=_with_unit_stride(x.value))
 
 
 def _with_unit_stride(tensor: Tensor) -> Tensor:
@@ -141,10 +139,8 @@ def _zeroed(problem: Problem, capabilities: Capabilities) -> Problem | None:
     return problem if padded and takes_dense_mask(capabilities) else None
 
 
-def _kv_elements(before: Problem, after: Problem) -> float:
-    return (
-        float(before.batch) * float(before.seqlen_kv) * before.num_kv_heads * (before.head_dim + before.head_dim_v)
-    )
+def _kv_elements(before: Problem, after: Problem) -> Terms:
+    return Terms(keys=float(before.num_kv_heads * (before.head_dim + before.head_dim_v)))
 
 
 def _apply_zero(x: Operands, before: Problem, after: Problem, heads: int) -> Operands:
@@ -168,10 +164,10 @@ def _materialized(problem: Problem, capabilities: Capabilities) -> Problem | Non
     return replace(problem, bias=TensorBias(dense, bias.lengths))
 
 
-def _dense_elements(before: Problem, after: Problem) -> float:
+def _dense_elements(before: Problem, after: Problem) -> Terms:
     assert before.bias is not None
     batch, num_heads = before.bias.batch_and_heads
-    return float(batch) * num_heads * float(before.seqlen_q) * float(before.seqlen_kv)
+    return Terms(dense=float(num_heads)) if batch == 1 else Terms(pairs=float(num_heads))
 
 
 def _apply_materialize(x: Operands, before: Problem, after: Problem, heads: int) -> Operands:
@@ -180,15 +176,9 @@ def _apply_materialize(x: Operands, before: Problem, after: Problem, heads: int)
 
 
 EXPAND_KV = Adaptation("expand_kv", frozenset({"num_kv_heads"}), _expand, _expanded_elements, _apply_expand)
-PAD_HEAD_DIM = Adaptation(
-    "pad_head_dim", frozenset({"head_dim", "head_dim_v"}), _padded, _padded_elements, _apply_pad
-)
-CONTIGUOUS = Adaptation(
-    "contiguous", frozenset({"strided_head_dim"}), _contiguous, _all_elements, _apply_contiguous
-)
-ZERO_PADDING = Adaptation(
-    "zero_padding", frozenset({"bias", "backward.biases"}), _zeroed, _kv_elements, _apply_zero
-)
+PAD_HEAD_DIM = Adaptation("pad_head_dim", frozenset({"head_dim", "head_dim_v"}), _padded, _padded_elements, _apply_pad)
+CONTIGUOUS = Adaptation("contiguous", frozenset({"strided_head_dim"}), _contiguous, _all_elements, _apply_contiguous)
+ZERO_PADDING = Adaptation("zero_padding", frozenset({"bias", "backward.biases"}), _zeroed, _kv_elements, _apply_zero)
 MATERIALIZE = Adaptation(
     "materialize", frozenset({"bias", "backward.biases"}), _materialized, _dense_elements, _apply_materialize
 )

@@ -12,27 +12,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapt import Operands
+from .adapt import Adaptation, Operands
 from .bias import AttnBias, TensorBias
 from .door import HEADS_FIRST, HEADS_LAST
-from .kernel import Run
+from .kernel import Kernel, Run
 from .problem import Problem
-from .select import Candidate
 
 Bound = Callable[[Tensor, Tensor, Tensor, Any], Any]
+Steps = tuple[tuple[Adaptation, Problem], ...]
 
 
-def bind(candidate: Candidate, run: Run, problem: Problem, bias: AttnBias | None, heads: int) -> Bound:
-    """The function that runs `problem` by `candidate`, whose kernel's function is `run`.
+def bind(run: Run, kernel_heads: int, steps: Steps, problem: Problem, bias: AttnBias | None, heads: int) -> Bound:
+    """The function that runs `problem` by `run`, a kernel's function, after `steps`.
 
-    `bias` is the call's, bound and normalized; one that holds data is taken anew at every call, with the same key.
+    `heads` and `kernel_heads` are the dimension of the heads for the caller and for the kernel. `bias` is the call's,
+    bound and normalized; one that holds data is taken anew at every call, with the same key.
     """
-    kernel_heads = HEADS_FIRST if candidate.kernel.layout == "heads-first" else HEADS_LAST
-    call = _adapted if candidate.steps else _direct
-    bound = call(candidate, run, problem, bias, kernel_heads)
+    if steps:
+        bound = _adapted(run, kernel_heads, steps, problem, bias)
+    else:
+        bound = _direct(run, problem, bias)
     if kernel_heads == heads:
         return bound
     return _swapped_pair(bound) if problem.return_lse else _swapped(bound)
+
+
+def heads_of(kernel: Kernel) -> int:
+    """The dimension of the heads in the kernel's layout."""
+    return HEADS_FIRST if kernel.layout == "heads-first" else HEADS_LAST
 
 
 def _options(problem: Problem) -> dict[str, Any]:
@@ -47,7 +54,7 @@ def _options(problem: Problem) -> dict[str, Any]:
     return options
 
 
-def _direct(candidate: Candidate, run: Run, problem: Problem, bias: AttnBias | None, heads: int) -> Bound:
+def _direct(run: Run, problem: Problem, bias: AttnBias | None) -> Bound:
     scale, options = problem.scale, _options(problem)
     if bias is None:
         if not options:
@@ -61,18 +68,17 @@ def _direct(candidate: Candidate, run: Run, problem: Problem, bias: AttnBias | N
     return lambda query, key, value, b: run(query, key, value, bias=b.bind(*lengths), scale=scale, **options)
 
 
-def _adapted(candidate: Candidate, run: Run, problem: Problem, bias: AttnBias | None, heads: int) -> Bound:
+def _adapted(run: Run, heads: int, steps: Steps, problem: Problem, bias: AttnBias | None) -> Bound:
     scale, options = problem.scale, _options(problem)
-    befores = (problem, *(after for _, after in candidate.steps))
-    steps = [(adaptation, before, after) for (adaptation, after), before in zip(candidate.steps, befores)]
-    head_dim_v, padded = problem.head_dim_v, candidate.problem.head_dim_v != problem.head_dim_v
+    befores = (problem, *(after for _, after in steps))
+    head_dim_v, padded = problem.head_dim_v, befores[-1].head_dim_v != problem.head_dim_v
     lengths = None if bias is None else bias.bound_lengths()
     constant = bias if bias is None or not bias.holds_data else None
 
     def call(query: Tensor, key: Tensor, value: Tensor, b: AttnBias | None) -> Any:
         x = Operands(query, key, value, b.bind(*lengths) if constant is None and lengths is not None else constant)
-        for adaptation, before, after in steps:
-            x = adaptation.apply(x, before, after, heads)
+        for i, (adaptation, after) in enumerate(steps):
+            x = adaptation.apply(x, befores[i], after, heads)
         if x.bias is None:
             result = run(x.query, x.key, x.value, scale=scale, **options)
         else:

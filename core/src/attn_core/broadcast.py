@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .bias import TensorBias
@@ -34,20 +33,18 @@ def broadcasting(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) ->
         if tensor.ndim < 2:
             raise InputError(f"{name}: must be [..., seqlen, head_dim], got shape {list(tensor.shape)}")
     shapes = [_leading(tensor) for tensor in (query, key, value)]
-    try:
-        lead = torch.broadcast_shapes(*(shape[:-1] for shape in shapes))
-    except RuntimeError as error:
+    lead = _broadcast(*(shape[:-1] for shape in shapes))
+    if lead is None:
         raise InputError(
             "query, key, value: leading dimensions must broadcast, got"
             f" {list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
-        ) from error
+        )
     q_heads, k_heads, v_heads = _heads(*(shape[-1] for shape in shapes), enable_gqa)
     rank = max(query.ndim, key.ndim, value.ndim)
 
     def fold(query: Tensor, key: Tensor, value: Tensor, bias: Any) -> tuple[Tensor, Tensor, Tensor, Any]:
         folded = [
-            _folded(tensor, lead, heads)
-            for tensor, heads in ((query, q_heads), (key, k_heads), (value, v_heads))
+            _folded(tensor, lead, heads) for tensor, heads in ((query, q_heads), (key, k_heads), (value, v_heads))
         ]
         if isinstance(bias, TensorBias):
             bias = TensorBias(_folded_bias(bias.tensor, lead))
@@ -60,6 +57,18 @@ def broadcasting(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) ->
         return out.reshape(shape[len(shape) - rank :] if rank < 4 else shape)
 
     return fold, unfold
+
+
+def _broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...] | None:
+    """torch.broadcast_shapes as plain arithmetic, which leaves no node in a traced graph; None where they do not fit."""
+    rank = max(map(len, shapes))
+    result = []
+    for sizes in zip(*((1,) * (rank - len(shape)) + shape for shape in shapes)):
+        wide = [size for size in sizes if size != 1]
+        if any(size != wide[0] for size in wide):
+            return None
+        result.append(wide[0] if wide else 1)
+    return tuple(result)
 
 
 def _leading(tensor: Tensor) -> tuple[int, ...]:
@@ -80,14 +89,14 @@ def _heads(query: int, key: int, value: int, enable_gqa: bool) -> tuple[int, int
     raise InputError(f"key: num_heads must be query's {query}, or 1, got {kv}{hint}")
 
 
-def _folded(tensor: Tensor, lead: torch.Size, heads: int) -> Tensor:
+def _folded(tensor: Tensor, lead: tuple[int, ...], heads: int) -> Tensor:
     while tensor.ndim < 3:
         tensor = tensor.unsqueeze(0)
     seqlen, dim = tensor.shape[-2:]
     return tensor.expand(*lead, heads, seqlen, dim).reshape(math.prod(lead), heads, seqlen, dim)
 
 
-def _folded_bias(tensor: Tensor, lead: torch.Size) -> Tensor:
+def _folded_bias(tensor: Tensor, lead: tuple[int, ...]) -> Tensor:
     if tensor.ndim <= 3:  # at most [num_heads, seqlen_q, seqlen_kv]: the same for every leading index
         return tensor
     if math.prod(tensor.shape[:-3]) == 1:

@@ -144,9 +144,7 @@ class Capabilities:
         if problem.return_lse and not self.return_lse:
             found.append(Refusal("return_lse", "does not return the LSE"))
         if problem.deterministic and not self.deterministic:
-            found.append(
-                Refusal("deterministic", "is not deterministic, and torch.use_deterministic_algorithms is on")
-            )
+            found.append(Refusal("deterministic", "is not deterministic, and torch.use_deterministic_algorithms is on"))
         if problem.forward_ad and not self.forward_ad:
             found.append(Refusal("forward_ad", "has no forward-mode derivative"))
         if problem.compiling and not self.compile:
@@ -180,7 +178,9 @@ class Capabilities:
         found: list[Refusal] = []
         if backward.dtypes is not None and problem.dtype not in backward.dtypes:
             found.append(
-                Refusal("backward.dtypes", f"takes {_listed(backward.dtypes)} in the backward, got {_name(problem.dtype)}")
+                Refusal(
+                    "backward.dtypes", f"takes {_listed(backward.dtypes)} in the backward, got {_name(problem.dtype)}"
+                )
             )
         if backward.head_dims is not None and problem.head_dim not in backward.head_dims:
             text = f"takes {_sizes(backward.head_dims)} in the backward, got {problem.head_dim}"

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from .bias import AttnBias, Causal, TensorBias, as_bias
 from .bind import Bound, bind, under_autocast
+from .bind import heads_of as layout_of
 from .broadcast import broadcasting
 from .door import HEADS_FIRST, HEADS_LAST, examine, foreign
 from .errors import AttnError, InputTypeError
@@ -23,6 +24,7 @@ from .record import STOCK, recording
 from .registry import registry
 from .scope import Scope, current
 from .select import Candidate, choose, with_plain_lengths
+from .tracing import constant
 
 _is_grad_enabled = torch.is_grad_enabled
 _is_deterministic = torch._C._get_deterministic_algorithms  # type: ignore[attr-defined]
@@ -108,9 +110,9 @@ def decide(
 ) -> Bound:
     """The function that runs this call, and every other with the same key."""
     if door != ATTENTION:
-        reason = _what_is_foreign(query, key, value)
+        reason = what_is_foreign(query, key, value)
         if reason is not None:
-            return _handed_to_torch(scope, door, scale, dropout_p, reason)
+            return handed_to_torch(scope, door, scale, dropout_p, reason)
         folding = broadcasting(query, key, value, door == SDPA_GQA)
         if folding is not None:
             fold, unfold = folding
@@ -129,7 +131,8 @@ def decide(
     problem, bound = examine(query, key, value, bias, scale, softcap, dropout_p, return_lse, heads)
     seen = with_plain_lengths(problem)
     candidate = choose(registry, seen, scope.settings, kernel)
-    bound_call = bind(candidate, registry.run(candidate.kernel), problem, bound, heads)
+    run_of_kernel = registry.run(candidate.kernel)
+    bound_call = bind(run_of_kernel, layout_of(candidate.kernel), candidate.steps, problem, bound, heads)
     if cast_to is not None:
         bound_call = under_autocast(bound_call, query.device.type, cast_to)
     if scope.recorders:
@@ -150,7 +153,7 @@ def asked(
 ) -> Problem:
     """The problem that a call would put to the kernels. Raises what the call would raise."""
     bias = as_bias(bias)
-    if door != ATTENTION and _what_is_foreign(query, key, value) is None:
+    if door != ATTENTION and what_is_foreign(query, key, value) is None:
         folding = broadcasting(query, key, value, door == SDPA_GQA)
         if folding is not None:
             query, key, value, bias = folding[0](query, key, value, bias)
@@ -175,9 +178,13 @@ def autocast_of(query: object) -> torch.dtype | None:
     """The dtype that operands are cast to; None where autocast leaves them alone."""
     if not isinstance(query, Tensor) or not query.is_floating_point():
         return None
-    if not torch.amp.autocast_mode.is_autocast_available(query.device.type):
-        return None
-    return autocast_dtype(query.device.type)
+    device = query.device.type
+    return autocast_dtype(device) if _has_autocast(device) else None
+
+
+@constant
+def _has_autocast(device: str) -> bool:
+    return torch.amp.autocast_mode.is_autocast_available(device)
 
 
 def as_under_autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -192,7 +199,7 @@ def _made_for(run: Bound, candidate: Candidate | None, problem: Problem | None) 
     return run
 
 
-def _what_is_foreign(*operands: object) -> str | None:
+def what_is_foreign(*operands: object) -> str | None:
     """What the core does not model among the operands; None where all are plain tensors (or no tensors at all)."""
     for operand in operands:
         reason = foreign(operand) if isinstance(operand, Tensor) else None
@@ -201,25 +208,37 @@ def _what_is_foreign(*operands: object) -> str | None:
     return None
 
 
-def _handed_to_torch(scope: Scope, door: int, scale: float | None, dropout_p: float, reason: str) -> Bound:
+def handed_to_torch(scope: Scope, door: int, scale: float | None, dropout_p: float, reason: str) -> Bound:
     """The stock path, for what the core does not model; `record` says so."""
 
     def stock(query: Tensor, key: Tensor, value: Tensor, bias: Any) -> Any:
-        mask, is_causal = None, False
-        if isinstance(bias, Causal) and bias.corner == "top-left":
-            is_causal = True
-        elif isinstance(bias, TensorBias):
-            mask = bias.tensor
-        elif bias is not None:
-            raise InputTypeError(f"attn_mask: {bias!r} is not for {reason}, which goes to torch unchanged")
-        return _stock_sdpa(
-            query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=door == SDPA_GQA
-        )
+        return stock_sdpa(door, query, key, value, bias, scale, dropout_p, reason)
 
     run: Bound = stock
     if scope.recorders:
         run = recording(stock, scope.recorders, STOCK, None, reason=reason)
     return _made_for(run, None, None)
+
+
+def stock_sdpa(
+    door: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: AttnBias | None,
+    scale: float | None,
+    dropout_p: float,
+    reason: str,
+) -> Tensor:
+    """torch's own scaled_dot_product_attention, unchanged. Raises InputTypeError for a bias that it has no words for."""
+    mask, is_causal = None, False
+    if isinstance(bias, Causal) and bias.corner == "top-left":
+        is_causal = True
+    elif isinstance(bias, TensorBias):
+        mask = bias.tensor
+    elif bias is not None:
+        raise InputTypeError(f"attn_mask: {bias!r} is not for {reason}, which goes to torch unchanged")
+    return _stock_sdpa(query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=door == SDPA_GQA)
 
 
 def _explain_failure(run: Bound, error: Exception) -> None:

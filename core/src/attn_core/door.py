@@ -6,8 +6,8 @@ match is read out of bounds. So whatever cannot be a legal problem is an error h
 
 from __future__ import annotations
 
-import functools
 import math
+import operator
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from .bias import AttnBias, as_bias
 from .errors import InputError, InputTypeError
 from .problem import Problem
+from .tracing import constant
 
 HEADS_LAST = 2
 HEADS_FIRST = 1
@@ -56,7 +57,11 @@ def examine(
         if reason is not None:
             raise InputTypeError(f"{name}: attention takes plain tensors, got {reason}")
         if tensor.ndim != 4:
-            shape = "[batch, seqlen, num_heads, head_dim]" if heads == HEADS_LAST else "[batch, num_heads, seqlen, head_dim]"
+            shape = (
+                "[batch, seqlen, num_heads, head_dim]"
+                if heads == HEADS_LAST
+                else "[batch, num_heads, seqlen, head_dim]"
+            )
             raise InputError(f"{name}: must be {shape}, got shape {_shape(tensor)}")
         if not tensor.is_floating_point():
             raise InputTypeError(f"{name}: must be floating, got {tensor.dtype}")
@@ -90,7 +95,7 @@ def examine(
         requires_grad=grad and (query.requires_grad or key.requires_grad or value.requires_grad),
         bias_requires_grad=grad and bound is not None and bound.requires_grad,
         deterministic=torch.are_deterministic_algorithms_enabled(),
-        forward_ad=forward_ad._current_level >= 0,
+        forward_ad=operator.index(forward_ad._current_level) >= 0,
         compiling=torch.compiler.is_compiling(),
         strided_head_dim=_strided(query) or _strided(key) or _strided(value),
     )
@@ -189,14 +194,14 @@ def _strided(tensor: Tensor) -> bool:
 
 
 def _plain(size: Any) -> int:
-    return size.__index__()  # type: ignore[no-any-return]
+    return operator.index(size)
 
 
 def _shape(tensor: Tensor) -> str:
     return str(list(tensor.shape))
 
 
-@functools.lru_cache(maxsize=None)
+@constant
 def compute_capability(index: int | None) -> tuple[int, int] | None:
     """Of a CUDA device; None where this machine has none to ask (a fake tensor's device need not exist)."""
     if not torch.cuda.is_available():

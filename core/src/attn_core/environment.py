@@ -1,9 +1,9 @@
 """The one reader of environment variables.
 
-    ATTN_PLUGINS   allow-list of plugins, comma-separated; set but empty: the built-in alone
-    ATTN_BLOCK     deny-list of plugins: not even imported
-    ATTN_PREFER    kernel name patterns, the most preferred first, such as "flash/*,torch/flash"
-    ATTN_ALLOW     what else may be chosen: "approximate"
+ATTN_PLUGINS   allow-list of plugins, comma-separated; set but empty: the built-in alone
+ATTN_BLOCK     deny-list of plugins: not even imported
+ATTN_PREFER    kernel name patterns, the most preferred first, such as "flash/*,torch/flash"
+ATTN_ALLOW     what else may be chosen: "approximate"
 """
 
 from __future__ import annotations

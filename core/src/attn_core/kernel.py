@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from .bias import AttnBias, TensorBias
 from .capabilities import Capabilities, Refusal
+from .cost import UNDECLARED, Cost, Terms
 from .errors import DeclarationError
 from .problem import Problem
 
@@ -30,37 +31,6 @@ class Unusable:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cost:
-    """Seconds that a kernel takes, as a sum of what it does; the estimate by which kernels are ranked.
-
-    The softmax (per pair) and the fixed part (per call) decide as often as the multiplications do.
-    """
-
-    call: float  #: fixed, per call
-    pair_dim: float = 0.0  #: per (query, key) pair that is visited, and element of head_dim
-    pair: float = 0.0  #: per pair that is visited: the softmax
-    token_dim: float = 0.0  #: per token and element of head_dim: reading and writing the operands
-    mask: float = 0.0  #: per pair, where a dense bias is read
-    backward: float = 2.5  #: a backward costs so many times the forward
-    source: str = "prior"  #: "prior", or on what it was measured
-
-    def seconds(self, problem: Problem, pairs: float, *, dense_bias: bool) -> float:
-        """The estimate for `problem`, of which `pairs` pairs are visited."""
-        dim = (problem.head_dim + problem.head_dim_v) / 2
-        tokens = float(problem.batch) * (
-            float(problem.seqlen_q) * problem.num_heads + float(problem.seqlen_kv) * problem.num_kv_heads
-        )
-        per_pair = self.pair_dim * dim + self.pair + (self.mask if dense_bias else 0.0)
-        forward = self.call + pairs * per_pair + tokens * dim * self.token_dim
-        return forward * (1.0 + self.backward) if problem.needs_backward else forward
-
-
-#: What a kernel without a declared cost is taken for: an unfused implementation, on a slow day. Installing a plugin
-#: that says nothing of its speed therefore changes no choice among kernels that do.
-UNDECLARED = Cost(call=100e-6, pair_dim=50e-12, pair=5e-9, token_dim=1e-9, mask=2e-9, source="undeclared")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Kernel:
     """One runnable thing.
 
@@ -75,7 +45,7 @@ class Kernel:
         layout: "heads-last" `[batch, seqlen, num_heads, head_dim]` or "heads-first" `[batch, num_heads, seqlen, head_dim]`.
         refuse: irregular limits that `capabilities` cannot say: yields refusals for a problem.
         probe: answers None where the kernel can run on this machine, else why not; called once, at first use.
-        costs: device type -> Cost; a device that is missing costs UNDECLARED.
+        costs: device type -> Cost, "*" for every other; a device that is missing costs UNDECLARED.
         skips: kinds of bias whose masked pairs are not visited.
 
     Raises DeclarationError where name, layout or the signature of `run` do not fit what is declared.
@@ -102,7 +72,9 @@ class Kernel:
         if callable(self.run):
             check_signature(self)
         elif not (isinstance(self.run, str) and self.run.count(":") == 1):
-            raise DeclarationError(f"{self.name}: run must be a function or 'package.module:function', got {self.run!r}")
+            raise DeclarationError(
+                f"{self.name}: run must be a function or 'package.module:function', got {self.run!r}"
+            )
 
     @property
     def plugin(self) -> str:
@@ -130,14 +102,13 @@ class Kernel:
         return found
 
     def cost(self, device: str) -> Cost:
-        return self.costs.get(device, UNDECLARED)
+        return self.costs.get(device) or self.costs.get("*", UNDECLARED)
 
-    def seconds(self, problem: Problem) -> float:
-        """Estimated seconds for `problem`."""
+    def terms(self, problem: Problem) -> Terms:
+        """Estimated seconds for `problem`, as coefficients of its lengths."""
         bias = problem.bias
         skips = bias is not None and type(bias) in self.skips
-        pairs = problem.pairs() if skips else problem.dense_pairs()
-        return self.cost(problem.device).seconds(problem, pairs, dense_bias=isinstance(bias, TensorBias))
+        return self.cost(problem.device).terms(problem, skips=skips, dense_bias=isinstance(bias, TensorBias))
 
 
 def resolve(kernel: Kernel) -> Run:
@@ -179,9 +150,7 @@ def check_signature(kernel: Kernel, run: Run | None = None) -> None:
             f" but run{inspect.signature(run)} lacks {', '.join(missing)}"
         )
     required = [
-        p.name
-        for p in list(parameters.values())[3:]
-        if p.default is inspect.Parameter.empty and p.name != "scale"
+        p.name for p in list(parameters.values())[3:] if p.default is inspect.Parameter.empty and p.name != "scale"
     ]
     if len(parameters) < 4 or required:
         lacking = f"; without a default: {', '.join(required)}" if required else ""

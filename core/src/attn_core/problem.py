@@ -47,14 +47,9 @@ class Problem:
     def needs_backward(self) -> bool:
         return self.requires_grad or self.bias_requires_grad
 
-    def pairs(self) -> float:
-        """(query, key) pairs that the bias leaves, over all batch entries and heads."""
-        each = float(self.seqlen_q) * float(self.seqlen_kv) if self.bias is None else self.bias.pairs()
-        return float(self.batch) * float(self.num_heads) * each
-
-    def dense_pairs(self) -> float:
-        """(query, key) pairs before any bias."""
-        return float(self.batch) * float(self.num_heads) * float(self.seqlen_q) * float(self.seqlen_kv)
+    def pairs_left(self) -> float:
+        """(query, key) pairs that the bias leaves, per batch entry and head."""
+        return float(self.seqlen_q) * float(self.seqlen_kv) if self.bias is None else self.bias.pairs()
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")

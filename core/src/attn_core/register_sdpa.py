@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .bias import AttnBias, Causal, TensorBias
 from .capabilities import ANY_DIM, Backward, BiasKind, Capabilities
+from .cost import Cost
 from .errors import DeclarationError
-from .kernel import Cost, Kernel
+from .kernel import Kernel
 from .registry import Registration, registry
 
 SdpaFunction = Callable[..., Tensor]

@@ -14,6 +14,7 @@ import torch
 
 from .adapt import ADAPTATIONS, Adaptation
 from .capabilities import Refusal
+from .cost import Terms
 from .errors import KernelRefusedError, NoKernelError
 from .kernel import Kernel
 from .problem import Problem
@@ -36,12 +37,13 @@ class Candidate:
     refusals: tuple[Refusal, ...] = ()
     steps: tuple[tuple[Adaptation, Problem], ...] = ()  #: adaptations, each with the problem that it makes
     problem: Problem  #: as the kernel sees it, after the adaptations
-    seconds: float | None = None  #: estimated, adaptations included; None where it does not take the problem
+    terms: Terms | None = None  #: the estimate, adaptations included; None where it does not take the problem
+    seconds: float | None = None  #: the same for the problem's lengths
     preferred: int | None = None  #: place of the first pattern of the scope that names it
 
     @property
     def takes(self) -> bool:
-        return self.seconds is not None
+        return self.terms is not None
 
     @property
     def adaptations(self) -> tuple[str, ...]:
@@ -85,14 +87,14 @@ def consider(registry: Registry, kernel: Kernel, problem: Problem, settings: Set
             preferred=preferred,
         )
     refusals = kernel.refusals(problem)
-    adapted, steps, extra = problem, [], 0.0
+    adapted, steps, extra = problem, [], Terms()
     for adaptation in ADAPTATIONS:
         if not refusals:
             break
         if any(refusal.field in adaptation.fields for refusal in refusals):
             after = adaptation.rewrite(adapted, kernel.declaration(adapted))
             if after is not None:
-                extra += adaptation.seconds(adapted, after)
+                extra = extra.plus(adaptation.terms(adapted, after))
                 steps.append((adaptation, after))
                 adapted = after
                 refusals = kernel.refusals(adapted)
@@ -105,16 +107,16 @@ def consider(registry: Registry, kernel: Kernel, problem: Problem, settings: Set
         solvable = {field for adaptation, _ in steps for field in adaptation.fields}
         shown = [r for r in unadapted if r.field not in solvable or any(r.field == s.field for s in refusals)]
         shown += [r for r in refusals if all(r.field != s.field for s in shown)]
-        return Candidate(
-            kernel=kernel, state="refused", refusals=tuple(shown), problem=problem, preferred=preferred
-        )
+        return Candidate(kernel=kernel, state="refused", refusals=tuple(shown), problem=problem, preferred=preferred)
+    terms = kernel.terms(adapted).plus(extra)
     return Candidate(
         kernel=kernel,
         state=condition.state,
         reason=condition.reason,
         steps=tuple(steps),
         problem=adapted,
-        seconds=kernel.seconds(adapted) + extra,
+        terms=terms,
+        seconds=terms.seconds(adapted),
         preferred=preferred,
     )
 

@@ -32,7 +32,7 @@ def known(condition: Any) -> bool:
     Lengths may be symbolic while a graph is traced. Rewriting a bias is only allowed where the rewrite holds for
     every length of that graph, so an undecided condition counts as false, and no guard is added.
     """
-    if isinstance(condition, bool):
+    if not torch.compiler.is_dynamo_compiling() and isinstance(condition, bool):
         return condition
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # only reached while tracing
 
@@ -89,6 +89,17 @@ class AttnBias(ABC):
     @abstractmethod
     def at(self: Self, lengths: tuple[int, int]) -> Self:
         """The same bias with these lengths, unchecked; `bind` is the checked form."""
+
+    @abstractmethod
+    def facts(self) -> tuple[Any, ...]:
+        """What of it is constant where a graph is traced: plain values, no lengths, no tensors."""
+
+    @classmethod
+    @abstractmethod
+    def from_facts(
+        cls: type[Self], facts: tuple[Any, ...], batch: int, num_heads: int, lengths: tuple[int, int]
+    ) -> Self:
+        """A stand-in of these facts and sizes, without data, to weigh kernels by."""
 
     def normalize(self) -> AttnBias | None:
         """The simplest bias equal to this one at its lengths; None where it changes nothing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -39,6 +40,13 @@ class Causal(Mask):
 
     def at(self, lengths: tuple[int, int]) -> Causal:
         return replace(self, lengths=lengths)
+
+    def facts(self) -> tuple[Any, ...]:
+        return (self.corner,)
+
+    @classmethod
+    def from_facts(cls, facts: tuple[Any, ...], batch: int, num_heads: int, lengths: tuple[int, int]) -> Causal:
+        return cls(facts[0], lengths)
 
     @property
     def offset(self) -> int:

@@ -1,9 +1,9 @@
 """Where the diagonal of a causal mask or a window starts when there are fewer queries than keys, or more.
 
-    top-left, 3 x 5      bottom-right, 3 x 5
-    █····                ███··
-    ██···                ████·
-    ███··                █████
+top-left, 3 x 5      bottom-right, 3 x 5
+█····                ███··
+██···                ████·
+███··                █████
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,6 +98,13 @@ class KeyPadding(Mask):
         object.__setattr__(bias, "seqlens", self.seqlens)
         object.__setattr__(bias, "lengths", lengths)
         return bias
+
+    def facts(self) -> tuple[Any, ...]:
+        return (self.seqlens.dtype,)
+
+    @classmethod
+    def from_facts(cls, facts: tuple[Any, ...], batch: int, num_heads: int, lengths: tuple[int, int]) -> KeyPadding:
+        return cls(torch.empty(batch, dtype=facts[0], device="meta"), lengths)
 
     def without_data(self) -> KeyPadding:
         return KeyPadding(self.seqlens.to("meta"), self.lengths)

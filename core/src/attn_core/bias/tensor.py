@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -101,6 +103,16 @@ class TensorBias(AttnBias):
         object.__setattr__(bias, "tensor", self.tensor)
         object.__setattr__(bias, "lengths", lengths)
         return bias
+
+    def facts(self) -> tuple[Any, ...]:
+        shape = (1, 1, 1, 1, *self.tensor.shape)[-4:]
+        return self.tensor.dtype, self.tensor.requires_grad, tuple(bool(size == 1) for size in shape)
+
+    @classmethod
+    def from_facts(cls, facts: tuple[Any, ...], batch: int, num_heads: int, lengths: tuple[int, int]) -> TensorBias:
+        dtype, requires_grad, single = facts
+        shape = [1 if one else size for one, size in zip(single, (batch, num_heads, *lengths))]
+        return cls(torch.empty(shape, dtype=dtype, device="meta", requires_grad=requires_grad), lengths)
 
     def without_data(self) -> TensorBias:
         meta = self.tensor.detach().to("meta").requires_grad_(self.tensor.requires_grad)

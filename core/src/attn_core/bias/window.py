@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -56,6 +57,13 @@ class Window(Mask):
 
     def at(self, lengths: tuple[int, int]) -> Window:
         return replace(self, lengths=lengths)
+
+    def facts(self) -> tuple[Any, ...]:
+        return self.left, self.right, self.corner
+
+    @classmethod
+    def from_facts(cls, facts: tuple[Any, ...], batch: int, num_heads: int, lengths: tuple[int, int]) -> Window:
+        return cls(*facts, lengths)
 
     @property
     def offset(self) -> int:

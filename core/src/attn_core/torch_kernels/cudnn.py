@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..bias import AttnBias, Causal
 from ..capabilities import Backward, Capabilities, Refusal
-from ..kernel import Cost, Kernel, Unusable
+from ..cost import Cost
+from ..kernel import Kernel, Unusable
 from ..problem import Problem
 
 _cudnn = torch._scaled_dot_product_cudnn_attention  # type: ignore[attr-defined]

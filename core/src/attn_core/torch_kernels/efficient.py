@@ -10,7 +10,8 @@ from torch.nn.functional import pad
 
 from ..bias import AttnBias, Causal, TensorBias
 from ..capabilities import Backward, Capabilities
-from ..kernel import Cost, Kernel, Unusable
+from ..cost import Cost
+from ..kernel import Kernel, Unusable
 from .dense import additive, of_rank_four
 
 _efficient = torch._scaled_dot_product_efficient_attention  # type: ignore[attr-defined]
@@ -33,10 +34,7 @@ def run(
     if isinstance(bias, TensorBias):
         dense = aligned(of_rank_four(additive(bias, query.dtype)), query, key)
     grad = torch.is_grad_enabled() and (
-        query.requires_grad
-        or key.requires_grad
-        or value.requires_grad
-        or (dense is not None and dense.requires_grad)
+        query.requires_grad or key.requires_grad or value.requires_grad or (dense is not None and dense.requires_grad)
     )
     causal = dense is None and bias is not None
     return _efficient(query, key, value, dense, grad, dropout_p, causal, scale=scale)[0]

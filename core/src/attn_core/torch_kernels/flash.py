@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..bias import AttnBias, Causal, TensorBias
 from ..capabilities import ANY_DIM, Backward, Capabilities, Refusal
-from ..kernel import Cost, Kernel
+from ..cost import Cost
+from ..kernel import Kernel
 from ..problem import Problem
 from .dense import MASKED, additive, empty_rows, of_rank_four
 

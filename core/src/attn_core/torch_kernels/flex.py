@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..bias import AttnBias, Mask, TensorBias
 from ..capabilities import ANY_DIM, Backward, Capabilities
-from ..kernel import Cost, Kernel
+from ..cost import Cost
+from ..kernel import Kernel
 from .dense import additive, of_rank_four
 
 
@@ -70,9 +71,12 @@ def _score_mod(bias: AttnBias | None, softcap: float | None, query: Tensor) -> C
 def _block_mask(bias: Mask, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
+    def keep(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:  # a plain function: tracing refuses a bound method
+        return bias.keep(b, h, q, k)
+
     seqlen_q, seqlen_kv = bias.bound_lengths()
     batch, num_heads = (None if size == 1 else size for size in bias.batch_and_heads)
-    return create_block_mask(bias.keep, batch, num_heads, seqlen_q, seqlen_kv, device=device)
+    return create_block_mask(keep, batch, num_heads, seqlen_q, seqlen_kv, device=device)
 
 
 _cached_block_mask = functools.lru_cache(maxsize=64)(_block_mask)
@@ -100,6 +104,7 @@ KERNEL = Kernel(
             softcap=True,
             return_lse=True,
             deterministic=True,
+            compile=True,
             strided_head_dim=True,
         ),
         Capabilities(

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..bias import AttnBias, Causal, TensorBias
 from ..capabilities import ANY_DEVICE, ANY_DIM, Backward, Capabilities
-from ..kernel import Cost, Kernel
+from ..cost import Cost
+from ..kernel import Kernel
 
 _math = torch._scaled_dot_product_attention_math  # type: ignore[attr-defined]
 
@@ -52,5 +53,6 @@ KERNEL = Kernel(
     costs={
         "cpu": Cost(call=55e-6, pair_dim=30e-12, pair=1.6e-9, token_dim=0.6e-9, mask=1.4e-9, source="EPYC, 2 cores"),
         "cuda": Cost(call=60e-6, pair_dim=40e-15, pair=16e-12, token_dim=2e-12, mask=6e-12),
+        "*": Cost(call=60e-6, pair_dim=30e-12, pair=2e-9, token_dim=1e-9, mask=2e-9),
     },
 )

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ..bias import AttnBias, KeyPadding
 from ..capabilities import ANY_DEVICE, ANY_DIM, Backward, Capabilities
-from ..kernel import Cost, Kernel
+from ..cost import Cost
+from ..kernel import Kernel
 from ..reference import reference_attention
+from ..tracing import constant
 
 
 def run(
@@ -36,11 +38,14 @@ def run(
     return out, lse.to(query.device, torch.float64 if query.dtype is torch.float64 else torch.float32)
 
 
-@functools.lru_cache(maxsize=None)
+@constant
 def has_float64(device: str) -> bool:
     """Whether the device computes in float64 (Apple's GPUs do not)."""
-    if device in ("cpu", "cuda", "meta"):
-        return True
+    return device in ("cpu", "cuda", "meta") or _computes_float64(device)
+
+
+@functools.cache
+def _computes_float64(device: str) -> bool:
     try:
         probe = torch.ones(2, 2, dtype=torch.float64, device=device)
         return bool(torch.isfinite(probe @ probe).all())
@@ -71,5 +76,6 @@ KERNEL = Kernel(
     costs={
         "cpu": Cost(call=250e-6, pair_dim=120e-12, pair=25e-9, token_dim=4e-9, mask=4e-9, source="EPYC, 2 cores"),
         "cuda": Cost(call=400e-6, pair_dim=400e-15, pair=100e-12, token_dim=20e-12, mask=20e-12),
+        "*": Cost(call=400e-6, pair_dim=150e-12, pair=30e-9, token_dim=5e-9, mask=6e-9),
     },
 )
