@@ -8,6 +8,7 @@ from torch import Tensor
 from ..bias import TensorBias
 
 MASKED = float("-inf")
+HALF = frozenset({torch.float16, torch.bfloat16})
 
 
 def additive(bias: TensorBias, dtype: torch.dtype) -> Tensor:
@@ -25,6 +26,12 @@ def additive(bias: TensorBias, dtype: torch.dtype) -> Tensor:
     if torch.finfo(tensor.dtype).max <= info.max:
         return tensor.to(dtype)
     return torch.where(tensor == MASKED, MASKED, tensor.clamp(info.min, info.max)).to(dtype)
+
+
+def beside(bias: TensorBias, dtype: torch.dtype) -> Tensor:
+    """The bias as a floating tensor for operands of `dtype`: of the same, or of float32 beside half precision, so that
+    what is wider than the operands keeps its precision."""
+    return additive(bias, torch.float32 if dtype in HALF and bias.tensor.dtype is not dtype else dtype)
 
 
 def of_rank_four(tensor: Tensor) -> Tensor:

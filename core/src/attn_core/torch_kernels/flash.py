@@ -19,12 +19,10 @@ from ..capabilities import ANY_DIM, Backward, Capabilities, Refusal
 from ..cost import Cost
 from ..kernel import Kernel
 from ..problem import Problem
-from .dense import MASKED, additive, empty_rows, of_rank_four
+from .dense import HALF, MASKED, beside, empty_rows, of_rank_four
 
 _cpu = torch._scaled_dot_product_flash_attention_for_cpu  # type: ignore[attr-defined]
 _cuda = torch._scaled_dot_product_flash_attention  # type: ignore[attr-defined]
-
-HALF = frozenset({torch.float16, torch.bfloat16})
 
 
 def run(
@@ -44,9 +42,7 @@ def run(
         return _run_cuda(query, key, value, bias is not None, scale, dropout_p, return_lse)
     mask = None
     if isinstance(bias, TensorBias):
-        # The op takes float32 beside a half-precision query: what is wider than the query keeps its precision.
-        dtype = torch.float32 if query.dtype in HALF and bias.tensor.dtype is not query.dtype else query.dtype
-        mask = of_rank_four(additive(bias, dtype))
+        mask = of_rank_four(beside(bias, query.dtype))
     out, lse = _cpu(query, key, value, 0.0, mask is None and bias is not None, attn_mask=mask, scale=scale)
     if not return_lse:
         return out

@@ -11,6 +11,7 @@ from ..bias import AttnBias, Causal, TensorBias
 from ..capabilities import ANY_DEVICE, ANY_DIM, Backward, Capabilities
 from ..cost import Cost
 from ..kernel import Kernel
+from .dense import beside
 
 _math = torch._scaled_dot_product_attention_math  # type: ignore[attr-defined]
 
@@ -25,7 +26,7 @@ def run(
     dropout_p: float = 0.0,
 ) -> Any:
     """Heads-first: `[batch, num_heads, seqlen, head_dim]`."""
-    mask = bias.tensor if isinstance(bias, TensorBias) else None
+    mask = beside(bias, query.dtype) if isinstance(bias, TensorBias) else None  # the op would add True as 1.0
     causal = mask is None and bias is not None
     gqa = query.shape[1] != key.shape[1]
     return _math(query, key, value, mask, dropout_p, causal, None, scale=scale, enable_gqa=gqa)[0]
