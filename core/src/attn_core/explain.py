@@ -10,10 +10,10 @@ from torch import Tensor
 
 from .bias import AttnBias
 from .dispatch import ATTENTION, SDPA, SDPA_GQA, asked
-from .errors import NoKernelError
+from .errors import InputError, NoKernelError
 from .problem import Problem
 from .registry import registry
-from .scope import current
+from .scope import Settings, current
 from .select import Candidate, consider, rank
 
 if TYPE_CHECKING:
@@ -136,14 +136,27 @@ def explain(
     Raises what the call itself would raise for arguments that do not fit together; a kernel that refuses is no error
     here, but a verdict.
     """
-    door = ATTENTION if layout == "heads-last" else SDPA_GQA if enable_gqa else SDPA
+    door = door_of(layout, enable_gqa)
     problem = asked(door, query, key, value, bias, scale, softcap, dropout_p, return_lse)
     return explain_problem(problem, kernel=kernel)
 
 
 def explain_problem(problem: Problem, *, kernel: str | None = None) -> Explanation:
     """The same for a problem without tensors; `kernel` insists on one, as in `attention`."""
-    settings = current.get().settings
+    return weighed(problem, current.get().settings, kernel)
+
+
+def door_of(layout: str, enable_gqa: bool) -> int:
+    """The door that a caller with this layout comes through. Raises InputError for another layout."""
+    if layout == "heads-last":
+        return ATTENTION
+    if layout == "heads-first":
+        return SDPA_GQA if enable_gqa else SDPA
+    raise InputError(f'layout: must be "heads-last" or "heads-first", got {layout!r}')
+
+
+def weighed(problem: Problem, settings: Settings, kernel: str | None) -> Explanation:
+    """Every kernel's answer under these settings; that of `kernel` alone where the caller insists on it."""
     if kernel is not None:
         candidates = [consider(registry, registry.kernel(kernel), problem, settings)]
     else:

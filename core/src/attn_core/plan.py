@@ -13,13 +13,15 @@ from torch import Tensor
 
 from .bias import AttnBias, as_bias
 from .bind import Bound
-from .dispatch import ATTENTION, SDPA, SDPA_GQA, decide
-from .errors import InputError, InputTypeError, PlanError
-from .explain import Explanation, explain_problem
+from .dispatch import decide
+from .errors import InputTypeError, PlanError
+from .explain import Explanation, door_of, weighed
 from .problem import Problem
-from .scope import current
+from .record import recording
+from .scope import Settings, current, scope_for
 
 _is_grad_enabled = torch.is_grad_enabled
+_current = current.get
 
 
 def plan(
@@ -43,18 +45,19 @@ def plan(
         layout: "heads-last" as in `attention`, or "heads-first" as in `scaled_dot_product_attention`, for which
             `enable_gqa` is, too. Other arguments are those of `attention`.
         unchecked: return the bare function `(query, key, value, bias)`. Precondition: operands of the very shapes,
-            strides, dtype, device and requires_grad given here. With others it may read out of bounds.
+            strides, dtype, device and requires_grad given here. With others it may read out of bounds. `record` does
+            not see its calls.
 
     Raises what `attention` raises.
     """
-    if layout not in ("heads-last", "heads-first"):
-        raise InputError(f'layout: must be "heads-last" or "heads-first", got {layout!r}')
-    door = ATTENTION if layout == "heads-last" else SDPA_GQA if enable_gqa else SDPA
+    door = door_of(layout, enable_gqa)
     given = as_bias(bias)
-    run = decide(current.get(), door, query, key, value, given, scale, softcap, dropout_p, return_lse, kernel)
+    settings = current.get().settings
+    # A scope without the recorders that are open now: a plan outlives them, and asks at each call who listens.
+    run = decide(scope_for(settings), door, query, key, value, given, scale, softcap, dropout_p, return_lse, kernel)
     if getattr(run, "candidate", None) is None:
         raise InputTypeError("plan: takes plain tensors; what the core does not model goes to torch call by call")
-    return run if unchecked else Plan(run, given, _seen(query, key, value))
+    return run if unchecked else Plan(run, given, _seen(query, key, value), settings, kernel)
 
 
 class Plan:
@@ -63,10 +66,14 @@ class Plan:
     A bias is part of a plan. One that holds data may be given anew, with the same shape, dtype and device.
     """
 
-    __slots__ = ("_bias", "_bias_key", "_expected", "_run", "kernel", "problem")
+    __slots__ = ("_bias", "_bias_key", "_expected", "_insisted", "_run", "_settings", "kernel", "problem")
 
-    def __init__(self, run: Bound, bias: AttnBias | None, expected: tuple[Any, ...]) -> None:
+    def __init__(
+        self, run: Bound, bias: AttnBias | None, expected: tuple[Any, ...], settings: Settings, insisted: str | None
+    ) -> None:
         self._run = run
+        self._settings = settings
+        self._insisted = insisted
         self._bias = bias
         self._bias_key = None if bias is None else bias.key
         self._expected = expected
@@ -89,16 +96,21 @@ class Plan:
             value.is_contiguous() or value.stride(),
         ) != self._expected:
             self._refuse(query, key, value)
-        if bias is None:
-            return self._run(query, key, value, self._bias)
-        return self._run(query, key, value, self._given(bias))
+        bias = self._bias if bias is None else self._given(bias)
+        if _current().recorders:
+            return self._recorded()(query, key, value, bias)
+        return self._run(query, key, value, bias)
 
     def explain(self) -> Explanation:
-        """What was chosen, and why not the others."""
-        return explain_problem(self.problem)
+        """What was chosen, and why not the others, by the settings under which the plan was made."""
+        return weighed(self.problem, self._settings, self._insisted)
 
     def __repr__(self) -> str:
         return f"<Plan: {self.kernel} for {self.problem}>"
+
+    def _recorded(self) -> Bound:
+        adaptations = self._run.candidate.adaptations  # type: ignore[attr-defined]
+        return recording(self._run, _current().recorders, self.kernel, self.problem, adaptations)
 
     def _given(self, bias: AttnBias | Tensor) -> AttnBias | None:
         given = as_bias(bias)
