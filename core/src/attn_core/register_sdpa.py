@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ def register_sdpa(
     Raises DeclarationError for another bias, a capability unknown to SDPA's signature, or a function that lacks a
     parameter which the declaration needs; DuplicateKernelError for a name that is taken.
     """
+    for option in sorted(set(capabilities) - {field.name for field in fields(Capabilities)}):
+        raise DeclarationError(f"{name}: Capabilities has no {option!r}")
     for option in ("softcap", "return_lse"):
         if capabilities.get(option):
             raise DeclarationError(f"{name}: SDPA's signature has no {option}; register a Kernel instead")
@@ -86,8 +89,12 @@ def register_sdpa(
 
 
 def _check_parameters(name: str, function: SdpaFunction, declared: Capabilities) -> None:
-    parameters = inspect.signature(function).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError as error:  # torch's own, among others
+        raise DeclarationError(f"{name}: a built-in has no signature to check; wrap it in a Python function") from error
+    kinds = {p.kind for p in parameters.values()}
+    if kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}:
         raise DeclarationError(f"{name}: the function has a catch-all parameter; name what it takes")
     needed = {
         "scale": True,
@@ -99,3 +106,7 @@ def _check_parameters(name: str, function: SdpaFunction, declared: Capabilities)
     missing = [option for option, used in needed.items() if used and option not in parameters]
     if missing:
         raise DeclarationError(f"{name}: its declaration needs the parameter {', '.join(missing)}, which it lacks")
+    required = [p.name for p in list(parameters.values())[3:] if p.default is p.empty and p.name != "scale"]
+    if len(parameters) < 4 or required:
+        lacking = f"; without a default: {', '.join(required)}" if required else ""
+        raise DeclarationError(f"{name}: options after query, key and value must have defaults{lacking}")
