@@ -53,7 +53,7 @@ def register_sdpa(
     for bias in biases:
         if bias is not TensorBias and bias != Causal("top-left"):
             raise DeclarationError(
-                f'{name}: SDPA\'s signature says TensorBias (attn_mask) and Causal("top-left") (is_causal), got {bias!r}'
+                f'{name}: SDPA\'s signature has words for TensorBias and Causal("top-left"), got {bias!r}'
             )
     declared = Capabilities(
         devices=devices, dtypes=dtypes, head_dims=head_dims, biases=biases, backward=backward, **capabilities
