@@ -1,0 +1,145 @@
+"""One harness for what takes microseconds.
+
+Two figures taken one after the other differ by more than what is looked for here: clocks change, neighbours wake up.
+So paths take turns in one process, on one core, in an order drawn anew each round; a path is compared with its
+baseline round by round, and the median of those differences is reported. The first baseline is entered twice: what
+its copy differs by is noise, and is printed.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+SEED = 20261121
+COPY = "the first baseline again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One way to do a thing: `call` does it once. Those without `over` are baselines."""
+
+    name: str
+    call: Callable[[], object]
+    over: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One figure: what was measured, and the limit that it must keep. `unit` is of `value`, `spread` and `limit`."""
+
+    name: str
+    value: float
+    unit: str
+    spread: float | None = None  #: half the distance between the quartiles of the differences
+    limit: float | None = None
+    note: str = ""
+
+    @property
+    def verdict(self) -> str:
+        return "" if self.limit is None else "met" if self.value <= self.limit else "MISSED"
+
+
+def on_one_core() -> None:
+    """Keeps this process on one core, and torch on one thread."""
+    torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+def take_turns(contenders: Sequence[Contender], *, rounds: int, calls: int) -> dict[str, list[float]]:
+    """Microseconds per call of each contender, one figure per round, and of a copy of the first."""
+    calls_of = {contender.name: contender.call for contender in contenders}
+    calls_of[COPY] = contenders[0].call
+    for call in calls_of.values():
+        _seconds(call, calls)  # caches, branch predictors, allocator
+    order = list(calls_of)
+    chance = random.Random(SEED)
+    taken: dict[str, list[float]] = {name: [] for name in order}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            chance.shuffle(order)
+            for name in order:
+                taken[name].append(1e6 * _seconds(calls_of[name], calls) / calls)
+    finally:
+        gc.enable()
+    return taken
+
+
+def over(taken: Mapping[str, list[float]], name: str, baseline: str) -> tuple[float, float]:
+    """`(median, spread)` of the differences between a contender and its baseline, in microseconds."""
+    differences = [one - other for one, other in zip(taken[name], taken[baseline])]
+    low, median, high = statistics.quantiles(differences, n=4)
+    return median, (high - low) / 2
+
+
+def _seconds(call: Callable[[], object], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in repeat(None, calls):
+        call()
+    return time.perf_counter() - start
+
+
+def environment() -> dict[str, str]:
+    """What the figures depend on and were taken with."""
+    load = " ".join(f"{x:.2f}" for x in os.getloadavg()) if hasattr(os, "getloadavg") else "unknown"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "load before": load,
+        "seed": str(SEED),
+    }
+
+
+def table(title: str, findings: Sequence[Finding]) -> Table:
+    """Findings as a table; a limit is "at most"."""
+    drawn = Table(title=title, title_justify="left")
+    for column in ("", "value", "±", "unit", "limit", "", ""):
+        drawn.add_column(column, justify="right" if column in ("value", "±", "limit") else "left")
+    for finding in findings:
+        drawn.add_row(
+            finding.name,
+            f"{finding.value:.2f}",
+            "" if finding.spread is None else f"{finding.spread:.2f}",
+            finding.unit,
+            "" if finding.limit is None else f"{finding.limit:g}",
+            finding.verdict,
+            finding.note,
+            style="red" if finding.verdict == "MISSED" else None,
+        )
+    return drawn
+
+
+def report(sections: Mapping[str, Sequence[Finding]], json_file: str | None) -> None:
+    """Prints every section, then what missed its limit; writes all of it to `json_file` where one is given."""
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    for title, findings in sections.items():
+        console.print(table(title, findings))
+    missed = [f"{title}: {f.name}" for title, findings in sections.items() for f in findings if f.verdict == "MISSED"]
+    console.print(f"missed: {'; '.join(missed)}" if missed else "every limit is met")
+    if json_file is not None:
+        data: dict[str, Any] = {
+            "environment": environment(),
+            "sections": {
+                title: [asdict(f) | {"verdict": f.verdict} for f in findings] for title, findings in sections.items()
+            },
+        }
+        Path(json_file).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
