@@ -4,10 +4,9 @@ import sys
 import threading
 import warnings
 
+import attn_core
 import pytest
 import torch
-
-import attn_core
 from attn_core import (
     Causal,
     PluginWarning,
