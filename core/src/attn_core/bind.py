@@ -15,22 +15,33 @@ from torch import Tensor
 from .adapt import Adaptation, Operands
 from .bias import AttnBias, TensorBias
 from .door import HEADS_FIRST, HEADS_LAST
-from .kernel import Kernel, Run
+from .kernel import Bound, Kernel, Run
 from .problem import Problem
 
-Bound = Callable[[Tensor, Tensor, Tensor, Any], Any]
 Steps = tuple[tuple[Adaptation, Problem], ...]
 
 
-def bind(run: Run, kernel_heads: int, steps: Steps, problem: Problem, bias: AttnBias | None, heads: int) -> Bound:
+def bind(
+    run: Run,
+    kernel_heads: int,
+    steps: Steps,
+    problem: Problem,
+    bias: AttnBias | None,
+    heads: int,
+    prepare: Callable[[Problem], Bound | None] | None = None,
+) -> Bound:
     """The function that runs `problem` by `run`, a kernel's function, after `steps`.
 
     `heads` and `kernel_heads` are the dimension of the heads for the caller and for the kernel. `bias` is the call's,
-    bound and normalized; one that holds data is taken anew at every call, with the same key.
+    bound and normalized; one that holds data is taken anew at every call, with the same key. `prepare` is the
+    kernel's.
     """
+    bound = None
     if steps:
         bound = _adapted(run, kernel_heads, steps, problem, bias)
-    else:
+    elif prepare is not None:
+        bound = prepare(problem)
+    if bound is None:
         bound = _direct(run, problem, bias)
     if kernel_heads == heads:
         return bound
@@ -76,7 +87,8 @@ def _adapted(run: Run, heads: int, steps: Steps, problem: Problem, bias: AttnBia
     constant = bias if bias is None or not bias.holds_data else None
 
     def call(query: Tensor, key: Tensor, value: Tensor, b: AttnBias | None) -> Any:
-        x = Operands(query, key, value, b.bind(*lengths) if constant is None and lengths is not None else constant)
+        given = constant if b is None or constant is not None or lengths is None else b.bind(*lengths)
+        x = Operands(query, key, value, given)
         for i, (adaptation, after) in enumerate(steps):
             x = adaptation.apply(x, befores[i], after, heads)
         if x.bias is None:

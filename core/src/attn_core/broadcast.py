@@ -39,7 +39,7 @@ def broadcasting(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) ->
             "query, key, value: leading dimensions must broadcast, got"
             f" {list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
         )
-    q_heads, k_heads, v_heads = _heads(*(shape[-1] for shape in shapes), enable_gqa)
+    q_heads, k_heads, v_heads = _heads(shapes[0][-1], shapes[1][-1], shapes[2][-1], enable_gqa)
     rank = max(query.ndim, key.ndim, value.ndim)
 
     def fold(query: Tensor, key: Tensor, value: Tensor, bias: Any) -> tuple[Tensor, Tensor, Tensor, Any]:
@@ -60,7 +60,7 @@ def broadcasting(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) ->
 
 
 def _broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...] | None:
-    """torch.broadcast_shapes as plain arithmetic, which leaves no node in a traced graph; None where they do not fit."""
+    """torch.broadcast_shapes as arithmetic, which leaves no node in a traced graph; None where they do not fit."""
     rank = max(map(len, shapes))
     result = []
     for sizes in zip(*((1,) * (rank - len(shape)) + shape for shape in shapes)):

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .bias import AttnBias, Causal, TensorBias, as_bias
-from .bind import Bound, bind, under_autocast
+from .bind import bind, under_autocast
 from .bind import heads_of as layout_of
 from .broadcast import broadcasting
 from .door import HEADS_FIRST, HEADS_LAST, examine, foreign
 from .errors import AttnError, InputTypeError
+from .kernel import Bound
 from .problem import Problem
 from .record import STOCK, recording
 from .registry import registry
@@ -27,8 +28,8 @@ from .select import Candidate, choose, with_plain_lengths
 from .tracing import constant
 
 _is_grad_enabled = torch.is_grad_enabled
-_is_deterministic = torch._C._get_deterministic_algorithms  # type: ignore[attr-defined]
-_is_any_autocast = torch._C._is_any_autocast_enabled  # type: ignore[attr-defined]
+_is_deterministic = torch._C._get_deterministic_algorithms
+_is_any_autocast = torch._C._is_any_autocast_enabled
 _stock_sdpa = torch._C._nn.scaled_dot_product_attention
 
 #: Doors: who calls, and in which layout.
@@ -132,7 +133,9 @@ def decide(
     seen = with_plain_lengths(problem)
     candidate = choose(registry, seen, scope.settings, kernel)
     run_of_kernel = registry.run(candidate.kernel)
-    bound_call = bind(run_of_kernel, layout_of(candidate.kernel), candidate.steps, problem, bound, heads)
+    bound_call = bind(
+        run_of_kernel, layout_of(candidate.kernel), candidate.steps, problem, bound, heads, candidate.kernel.prepare
+    )
     if cast_to is not None:
         bound_call = under_autocast(bound_call, query.device.type, cast_to)
     if scope.recorders:
@@ -230,7 +233,7 @@ def stock_sdpa(
     dropout_p: float,
     reason: str,
 ) -> Tensor:
-    """torch's own scaled_dot_product_attention, unchanged. Raises InputTypeError for a bias that it has no words for."""
+    """torch's own scaled_dot_product_attention. Raises InputTypeError for a bias that it has no words for."""
     mask, is_causal = None, False
     if isinstance(bias, Causal) and bias.corner == "top-left":
         is_causal = True

@@ -148,11 +148,11 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, heads: int) -> tupl
     return batch, seqlen_q, seqlen_kv, num_heads, num_kv_heads, head_dim, head_dim_v
 
 
-def _check_scale(scale: float | None, head_dim: int) -> float:
+def _check_scale(scale: Any, head_dim: int) -> Any:
     if scale is None:
         return float(head_dim**-0.5)  # of the unpadded head_dim
     if isinstance(scale, (torch.SymFloat, torch.SymInt)):
-        return scale  # type: ignore[return-value]
+        return scale
     if isinstance(scale, Tensor) or not isinstance(scale, (int, float)):
         raise InputTypeError(f"scale: takes a number or None, got {type(scale).__name__}")
     if not math.isfinite(scale):
@@ -160,7 +160,7 @@ def _check_scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
-def _check_softcap(softcap: float | None) -> None:
+def _check_softcap(softcap: Any) -> None:
     if softcap is None:
         return
     if isinstance(softcap, Tensor) or not isinstance(softcap, (int, float)):
@@ -169,7 +169,7 @@ def _check_softcap(softcap: float | None) -> None:
         raise InputError(f"softcap: must be finite and above 0 (None for none), got {softcap}")
 
 
-def _check_dropout(dropout_p: float) -> None:
+def _check_dropout(dropout_p: Any) -> None:
     if isinstance(dropout_p, Tensor) or not isinstance(dropout_p, (int, float)):
         raise InputTypeError(f"dropout_p: takes a number, got {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p < 1.0:

@@ -65,7 +65,8 @@ def attention(
 
     Args:
         query: `[batch, seqlen_q, num_heads, head_dim]`, floating.
-        key: `[batch, seqlen_kv, num_kv_heads, head_dim]`; query head h reads key head `h // (num_heads // num_kv_heads)`.
+        key: `[batch, seqlen_kv, num_kv_heads, head_dim]`; query head h reads key head
+            `h // (num_heads // num_kv_heads)`.
         value: `[batch, seqlen_kv, num_kv_heads, head_dim_v]`.
         bias: a bias, or a tensor: boolean (True = may attend) or floating (added to the logits; only -inf masks).
         scale: default `head_dim ** -0.5`; 0.0 is honoured.
@@ -84,6 +85,8 @@ def attention(
         UnknownKernelError, KernelRefusedError: `kernel` is unknown, or refuses; with all its reasons.
         NoKernelError: no kernel takes the problem; with every kernel's reasons.
     """
+    if type(bias) is Tensor:
+        bias = TensorBias(bias)
     if _is_tracing():
         return traced(ATTENTION, query, key, value, bias, scale, softcap, dropout_p, return_lse, kernel)
     return call(ATTENTION, query, key, value, bias, scale, softcap, dropout_p, return_lse, kernel)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal
 
+from torch import Tensor
+
 from .bias import AttnBias, TensorBias
 from .capabilities import Capabilities, Refusal
 from .cost import UNDECLARED, Cost, Terms
@@ -16,6 +18,7 @@ from .problem import Problem
 
 Layout = Literal["heads-last", "heads-first"]
 Run = Callable[..., Any]
+Bound = Callable[[Tensor, Tensor, Tensor, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,15 @@ class Kernel:
             returns `(out, lse)`. No `**kwargs`: nothing may vanish in one.
         capabilities: what it can do; a tuple where that differs between devices, of which the first that names the
             problem's device (and compute capability) counts.
-        layout: "heads-last" `[batch, seqlen, num_heads, head_dim]` or "heads-first" `[batch, num_heads, seqlen, head_dim]`.
+        layout: of its operands: "heads-last" `[batch, seqlen, num_heads, head_dim]`, or "heads-first"
+            `[batch, num_heads, seqlen, head_dim]`.
         refuse: irregular limits that `capabilities` cannot say: yields refusals for a problem.
         probe: answers None where the kernel can run on this machine, else why not; called once, at first use.
         costs: device type -> Cost, "*" for every other; a device that is missing costs UNDECLARED.
         skips: kinds of bias whose masked pairs are not visited.
+        prepare: called once per choice with the problem as the kernel sees it; may answer a function
+            `(query, key, value, bias)` that does for just this problem what `run` would do, its branches settled
+            beforehand. None: `run` is called. A few microseconds of Python matter at small sizes.
 
     Raises DeclarationError where name, layout or the signature of `run` do not fit what is declared.
     """
@@ -59,6 +66,7 @@ class Kernel:
     probe: Callable[[], Unusable | None] | None = None
     costs: Mapping[str, Cost] = field(default_factory=dict)
     skips: Collection[type[AttnBias]] = ()
+    prepare: Callable[[Problem], Bound | None] | None = None
 
     def __post_init__(self) -> None:
         plugin, slash, rest = self.name.partition("/") if isinstance(self.name, str) else ("", "", "")
@@ -129,7 +137,8 @@ def resolve(kernel: Kernel) -> Run:
 
 def check_signature(kernel: Kernel, run: Run | None = None) -> None:
     """Raises DeclarationError unless `run` can take every keyword that the declaration makes the core pass."""
-    name, run = kernel.name, run or kernel.run
+    name = kernel.name
+    run = run or kernel.run  # type: ignore[assignment]
     assert callable(run)
 
     def declares(field: str) -> bool:

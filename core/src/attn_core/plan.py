@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from .bias import AttnBias, as_bias
-from .bind import Bound
 from .dispatch import decide
 from .errors import InputTypeError, PlanError
 from .explain import Explanation, door_of, weighed
+from .kernel import Bound
 from .problem import Problem
 from .record import recording
 from .scope import Settings, current, scope_for
@@ -82,19 +82,22 @@ class Plan:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, bias: AttnBias | Tensor | None = None) -> Any:
         """Runs the plan. Raises PlanError for operands other than it was made for."""
-        if (
-            query.shape,
-            key.shape,
-            value.shape,
-            query.dtype,
-            key.dtype,
-            value.dtype,
-            query.device,
-            _is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
-            query.is_contiguous() or query.stride(),
-            key.is_contiguous() or key.stride(),
-            value.is_contiguous() or value.stride(),
-        ) != self._expected:
+        query_shape, key_shape, value_shape, dtype, _, _, device, grad, query_stride, key_stride, value_stride = (
+            self._expected
+        )
+        if not (
+            query.shape == query_shape
+            and key.shape == key_shape
+            and value.shape == value_shape
+            and query.dtype is dtype
+            and key.dtype is dtype
+            and value.dtype is dtype
+            and query.device == device
+            and (_is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)) is grad
+            and (query.is_contiguous() or query.stride()) == query_stride
+            and (key.is_contiguous() or key.stride()) == key_stride
+            and (value.is_contiguous() or value.stride()) == value_stride
+        ):
             self._refuse(query, key, value)
         bias = self._bias if bias is None else self._given(bias)
         if _current().recorders:

@@ -55,9 +55,9 @@ class Problem:
         name = str(self.dtype).removeprefix("torch.")
         heads = f"{self.num_heads}" if self.num_heads == self.num_kv_heads else f"{self.num_heads}:{self.num_kv_heads}"
         dim = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}:{self.head_dim_v}"
-        lengths = f"{self.seqlen_q}" if self.seqlen_q is self.seqlen_kv else f"{self.seqlen_q}x{self.seqlen_kv}"
-        if not isinstance(self.seqlen_q, torch.SymInt) and self.seqlen_q == self.seqlen_kv:
-            lengths = f"{self.seqlen_q}"
+        lengths = f"{self.seqlen_q}"
+        if lengths != f"{self.seqlen_kv}":  # compared as text: symbolic lengths must not be compared here
+            lengths = f"{lengths}x{self.seqlen_kv}"
         parts = [f"batch {self.batch}", f"seqlen {lengths}", f"heads {heads}", f"head_dim {dim}", name, self.device]
         if self.compute_capability is not None:
             parts[-1] += f" (sm_{self.compute_capability[0]}{self.compute_capability[1]})"

@@ -17,7 +17,7 @@ from .scope import Scope, current, drop, scope_for
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from .bind import Bound
+    from .kernel import Bound
 
 #: Rows kept by one recorder; what comes after them is counted in one last row.
 ROWS = 4096

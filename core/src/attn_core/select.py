@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 
@@ -62,14 +63,14 @@ def with_plain_lengths(problem: Problem) -> Problem:
     Where a graph is exported by running Python on fake tensors, comparing symbolic estimates would add guards that
     break a bounded dimension; the choice is made for the example's sizes.
     """
-    sizes = {field: _plain(getattr(problem, field)) for field in ("batch", "seqlen_q", "seqlen_kv")}
+    batch, seqlen_q, seqlen_kv = _plain(problem.batch), _plain(problem.seqlen_q), _plain(problem.seqlen_kv)
     bias = problem.bias
     if bias is not None and any(isinstance(n, torch.SymInt) for n in bias.bound_lengths()):
-        bias = bias.at((sizes["seqlen_q"], sizes["seqlen_kv"]))
-    return replace(problem, bias=bias, **sizes)
+        bias = bias.at((seqlen_q, seqlen_kv))
+    return replace(problem, batch=batch, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv, bias=bias)
 
 
-def _plain(size: int) -> int:
+def _plain(size: Any) -> int:
     return int(size.node.hint) if isinstance(size, torch.SymInt) else size
 
 

@@ -121,7 +121,8 @@ def _chosen(
         known(problem.seqlen_q == problem.seqlen_kv),
         tuple(getattr(problem, field) for field in PLAIN),
         softcap is not None,
-        True if dropout_p else False,  # a default float counts as symbolic: branching makes it a constant
+        # A default float counts as symbolic; branching on it, not bool(), makes it a constant.
+        True if dropout_p else False,  # noqa: SIM210
         None if bound is None else (type(bound), bound.facts(), tuple(size != 1 for size in bound.batch_and_heads)),
     )
     name, kernel_heads, _, _, steps, _ = _best(rows, problem)
@@ -170,12 +171,12 @@ def shortlist(
     prefer: tuple[str, ...],
     approximate: bool,
     forced: str | None,
-    sizes: tuple[int | None, int | None, int | None],
+    sizes: tuple[int | None, ...],
     equal_lengths: bool,
     plain: tuple[Any, ...],
     softcap: bool,
     dropout: bool,
-    bias: tuple[type[AttnBias], tuple[Any, ...], tuple[bool, bool]] | None,
+    bias: tuple[type[AttnBias], tuple[Any, ...], tuple[bool, ...]] | None,
 ) -> tuple[Any, ...]:
     """The kernels that take such a call, best first, as constants.
 

@@ -37,9 +37,10 @@ def offset(corner: str | None, seqlen_q: int, seqlen_kv: int) -> int:
 
 
 def clipped_pairs(seqlen_q: float, seqlen_kv: float, first: float) -> float:
-    """How many pairs lie on or below a diagonal that starts at key `first`: the sum of clamp(first + i + 1, 0, seqlen_kv).
+    """How many pairs lie on or below a diagonal that starts at key `first`.
 
-    Closed form, and plain arithmetic, so that it works on symbolic lengths as well.
+    The sum of clamp(first + i + 1, 0, seqlen_kv) over the queries i. Closed form, and plain
+    arithmetic, so that it works on symbolic lengths as well.
     """
 
     def ramp(n: float) -> float:  # the sum of max(x, 0) over the integers x <= n

@@ -66,7 +66,7 @@ class KeyPadding(Mask):
         return hash(self.key)
 
     @property
-    def key(self) -> tuple[object, ...]:
+    def key(self) -> tuple[object, ...]:  # type: ignore[override]
         return KeyPadding, type(self.seqlens), self.seqlens.shape, self.seqlens.dtype, self.seqlens.device, self.lengths
 
     @property

@@ -56,7 +56,7 @@ class TensorBias(AttnBias):
         return hash(self.key)
 
     @property
-    def key(self) -> tuple[object, ...]:
+    def key(self) -> tuple[object, ...]:  # type: ignore[override]
         # Read at every call: somebody may call requires_grad_() on a table that is held for long.
         tensor = self.tensor
         return (

@@ -63,7 +63,8 @@ class Window(Mask):
 
     @classmethod
     def from_facts(cls, facts: tuple[Any, ...], batch: int, num_heads: int, lengths: tuple[int, int]) -> Window:
-        return cls(*facts, lengths)
+        left, right, corner = facts
+        return cls(left, right, corner, lengths)
 
     @property
     def offset(self) -> int:
@@ -72,12 +73,10 @@ class Window(Mask):
 
     def keep(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         distance = k - (q + self.offset)
-        if self.left is None and self.right is None:
-            return distance == distance
+        if self.right is None:
+            return distance >= -self.left if self.left is not None else distance == distance
         if self.left is None:
             return distance <= self.right
-        if self.right is None:
-            return distance >= -self.left
         return (distance >= -self.left) & (distance <= self.right)
 
     def span(self, q0: int, q1: int) -> tuple[int, int]:

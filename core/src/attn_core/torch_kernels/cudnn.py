@@ -18,7 +18,7 @@ from ..cost import Cost
 from ..kernel import Kernel, Unusable
 from ..problem import Problem
 
-_cudnn = torch._scaled_dot_product_cudnn_attention  # type: ignore[attr-defined]
+_cudnn = torch._scaled_dot_product_cudnn_attention
 
 
 def run(query: Tensor, key: Tensor, value: Tensor, *, bias: AttnBias | None = None, scale: float) -> Any:
@@ -37,9 +37,9 @@ def refuse(problem: Problem) -> Iterator[Refusal]:
 
 def probe() -> Unusable | None:
     """Whether this torch has CUDA and cuDNN at all."""
-    if not torch.backends.cuda.is_built():
+    if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
         return Unusable("unavailable", "this torch is built without CUDA")
-    return None if torch.backends.cudnn.is_available() else Unusable("unavailable", "this torch has no cuDNN")
+    return None if torch.backends.cudnn.is_available() else Unusable("unavailable", "this torch has no cuDNN")  # type: ignore[no-untyped-call]
 
 
 KERNEL = Kernel(

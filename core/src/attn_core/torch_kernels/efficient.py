@@ -1,4 +1,4 @@
-"""torch/efficient: torch's memory-efficient attention (CUTLASS), on CUDA; takes dense biases and gives their gradient."""
+"""torch/efficient: torch's memory-efficient attention (CUTLASS), on CUDA; dense biases, with their gradient."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..cost import Cost
 from ..kernel import Kernel, Unusable
 from .dense import additive, of_rank_four
 
-_efficient = torch._scaled_dot_product_efficient_attention  # type: ignore[attr-defined]
+_efficient = torch._scaled_dot_product_efficient_attention
 
 #: The kernel reads rows of a bias in vectors; their stride must be a multiple of this many elements.
 ALIGNED = 16
@@ -52,7 +52,7 @@ def aligned(bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
 
 def probe() -> Unusable | None:
     """Whether this torch has CUDA at all."""
-    return None if torch.backends.cuda.is_built() else Unusable("unavailable", "this torch is built without CUDA")
+    return None if torch.backends.cuda.is_built() else Unusable("unavailable", "this torch is built without CUDA")  # type: ignore[no-untyped-call]
 
 
 KERNEL = Kernel(

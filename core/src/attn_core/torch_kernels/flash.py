@@ -17,12 +17,12 @@ from torch import Tensor
 from ..bias import AttnBias, Causal, TensorBias
 from ..capabilities import ANY_DIM, Backward, Capabilities, Refusal
 from ..cost import Cost
-from ..kernel import Kernel
+from ..kernel import Bound, Kernel
 from ..problem import Problem
 from .dense import HALF, MASKED, beside, empty_rows, of_rank_four
 
-_cpu = torch._scaled_dot_product_flash_attention_for_cpu  # type: ignore[attr-defined]
-_cuda = torch._scaled_dot_product_flash_attention  # type: ignore[attr-defined]
+_cpu = torch._scaled_dot_product_flash_attention_for_cpu
+_cuda = torch._scaled_dot_product_flash_attention
 
 
 def run(
@@ -56,11 +56,30 @@ def _run_cuda(
     return (out, lse.masked_fill(lse == float("inf"), MASKED)) if return_lse else out
 
 
+def prepare(problem: Problem) -> Bound | None:
+    """The bare op, where the CPU's takes the call as it is."""
+    scale, bias = problem.scale, problem.bias
+    if problem.is_cuda or problem.return_lse:
+        return None
+    if bias is None:
+        return lambda query, key, value, _: _cpu(query, key, value, scale=scale)[0]
+    if not isinstance(bias, TensorBias):
+        return lambda query, key, value, _: _cpu(query, key, value, 0.0, True, scale=scale)[0]
+    if bias.tensor.dtype is problem.dtype and bias.tensor.ndim in (2, 4):
+        return lambda query, key, value, b: _cpu(query, key, value, attn_mask=b.tensor, scale=scale)[0]
+    return None
+
+
 def refuse(problem: Problem) -> Iterator[Refusal]:
     small = problem.compute_capability in ((8, 6), (8, 9), (12, 0), (12, 1))
     if problem.is_cuda and problem.needs_backward and small and 192 < problem.head_dim <= 224:
         text = f"takes up to 192, or 225 to 256, in the backward on sm_86, sm_89 and sm_12x, got {problem.head_dim}"
         yield Refusal("backward.head_dims", text)
+    # Both ops mask before they scale: 0 * -inf is NaN, and a negative scale turns -inf into +inf.
+    if problem.is_cuda and problem.scale <= 0:  # the end of the last tile is masked, too
+        yield Refusal("scale", f"takes a scale above 0, got {problem.scale:g}")
+    elif problem.scale <= 0 and isinstance(problem.bias, Causal):
+        yield Refusal("bias", f"takes Causal with a scale above 0, got {problem.scale:g}")
 
 
 ON_CPU = Capabilities(
@@ -93,6 +112,7 @@ KERNEL = Kernel(
     capabilities=(ON_CPU, ON_CUDA),
     layout="heads-first",
     refuse=refuse,
+    prepare=prepare,
     costs={
         "cpu": Cost(call=8e-6, pair_dim=17.5e-12, pair=0.6e-9, token_dim=0.3e-9, mask=0.9e-9, source="EPYC, 2 cores"),
         "cuda": Cost(call=12e-6, pair_dim=8e-15, pair=0.2e-12, token_dim=1e-12),

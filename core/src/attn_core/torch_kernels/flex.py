@@ -36,8 +36,8 @@ def run(
     flex = flex_attention if tracing or not query.is_cuda else _compiled()
     block_mask = None
     if isinstance(bias, Mask):
-        make = _block_mask if tracing or bias.holds_data else _cached_block_mask
-        block_mask = make(bias, query.device)
+        fresh = tracing or bias.holds_data
+        block_mask = _block_mask(bias, query.device) if fresh else _cached_block_mask(bias, query.device)
     result = flex(
         query,
         key,

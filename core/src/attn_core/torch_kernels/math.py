@@ -13,7 +13,7 @@ from ..cost import Cost
 from ..kernel import Kernel
 from .dense import beside
 
-_math = torch._scaled_dot_product_attention_math  # type: ignore[attr-defined]
+_math = torch._scaled_dot_product_attention_math
 
 
 def run(

@@ -1,0 +1,130 @@
+"""Operands for a described problem: random, seeded, in the layouts that models produce.
+
+inputs = build(problem, seed=0, layout="packed")
+attention(inputs.query, inputs.key, inputs.value, inputs.bias, **inputs.options)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..bias import AttnBias, KeyPadding, TensorBias
+from ..problem import Problem
+
+Layout = Literal["contiguous", "heads-first", "packed"]
+LAYOUTS: tuple[Layout, ...] = ("contiguous", "heads-first", "packed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The tensors of one call, heads-last, and the gradients that are fed back into its results."""
+
+    query: Tensor  #: `[batch, seqlen_q, num_heads, head_dim]`
+    key: Tensor  #: `[batch, seqlen_kv, num_kv_heads, head_dim]`
+    value: Tensor  #: `[batch, seqlen_kv, num_kv_heads, head_dim_v]`
+    bias: AttnBias | None
+    grad_out: Tensor  #: `[batch, seqlen_q, num_heads, head_dim_v]`
+    grad_lse: Tensor | None  #: `[batch, num_heads, seqlen_q]`; None where no LSE is asked for
+    options: dict[str, Any]  #: scale, and softcap, dropout_p and return_lse where they are used
+
+
+def build(
+    problem: Problem,
+    *,
+    seed: int,
+    layout: Layout = "contiguous",
+    magnitude: float = 1.0,
+    empty_rows: bool = False,
+    bias: AttnBias | None = None,
+) -> Inputs:
+    """Operands that ask `problem`.
+
+    Args:
+        problem: its tensor biases and key paddings have shapes and dtypes only (meta); they are filled here.
+            `strided_head_dim` gives every operand a strided last dimension, and then `layout` does not count.
+        seed: the same seed gives the same numbers on every machine.
+        layout: "contiguous"; "heads-first": stored `[batch, num_heads, seqlen, head_dim]`; "packed": slices of wider
+            tensors, as a fused projection gives them.
+        magnitude: standard deviation of query and key; the logits grow with its square.
+        empty_rows: mask every key for the first query (in a tensor bias) or batch entry (in a key padding).
+        bias: use this one instead of filling the problem's.
+
+    Raises TypeError for a bias that holds tensors and is of a kind unknown here; give it by `bias`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.float64 if problem.dtype is torch.float64 else torch.float32
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=wide).to(problem.dtype)
+
+    p = problem
+    query_shape = (p.batch, p.seqlen_q, p.num_heads, p.head_dim)
+    key_shape = (p.batch, p.seqlen_kv, p.num_kv_heads, p.head_dim)
+    value_shape = (p.batch, p.seqlen_kv, p.num_kv_heads, p.head_dim_v)
+    query, key, value = normal(*query_shape) * magnitude, normal(*key_shape) * magnitude, normal(*value_shape)
+    if p.strided_head_dim:
+        query, key, value = (_strided(x) for x in (query, key, value))
+    elif layout == "heads-first":
+        query, key, value = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value))
+    elif layout == "packed":
+        query = torch.stack([query, query], 2)[:, :, 1]
+        both = torch.cat([key, value], -1)
+        key, value = both[..., : p.head_dim], both[..., p.head_dim :]
+    query, key, value = (x.to(p.device).detach().requires_grad_(p.requires_grad) for x in (query, key, value))
+
+    if bias is None and p.bias is not None:
+        bias = _filled(p.bias, generator, empty_rows)
+    options: dict[str, Any] = {"scale": p.scale}
+    if p.softcap is not None:
+        options["softcap"] = p.softcap
+    if p.dropout_p:
+        options["dropout_p"] = p.dropout_p
+    if p.return_lse:
+        options["return_lse"] = True
+    grad_lse = torch.randn(p.batch, p.num_heads, p.seqlen_q, generator=generator, dtype=wide)
+    return Inputs(
+        query=query,
+        key=key,
+        value=value,
+        bias=_moved(bias, p.device),
+        grad_out=normal(p.batch, p.seqlen_q, p.num_heads, p.head_dim_v).to(p.device),
+        grad_lse=grad_lse.to(p.device) if p.return_lse else None,
+        options=options,
+    )
+
+
+def _strided(tensor: Tensor) -> Tensor:
+    """The same values, every second element of a wider tensor."""
+    return torch.stack([tensor, torch.full_like(tensor, float("nan"))], -1)[..., 0]
+
+
+def _filled(bias: AttnBias, generator: torch.Generator, empty_rows: bool) -> AttnBias:
+    if not bias.holds_data:
+        return bias
+    seqlen_q, seqlen_kv = bias.bound_lengths()
+    if isinstance(bias, KeyPadding):
+        seqlens = torch.randint(0, seqlen_kv + 1, bias.seqlens.shape, generator=generator)
+        if empty_rows and seqlens.numel():
+            seqlens[0] = 0
+        return KeyPadding(seqlens.to(bias.seqlens.dtype)).bind(seqlen_q, seqlen_kv)
+    if isinstance(bias, TensorBias):
+        shape, dtype = bias.tensor.shape, bias.tensor.dtype
+        keep = torch.rand(shape, generator=generator) > 0.2
+        if empty_rows and keep.numel():
+            (keep[..., 0, :] if keep.ndim > 1 else keep)[...] = False
+        if dtype is torch.bool:
+            return TensorBias(keep).bind(seqlen_q, seqlen_kv)
+        numbers = torch.randn(shape, generator=generator).to(dtype).masked_fill(~keep, float("-inf"))
+        return TensorBias(numbers.requires_grad_(bias.requires_grad)).bind(seqlen_q, seqlen_kv)
+    raise TypeError(f"build: no rule to fill a {type(bias).__name__}; give one with bias=")
+
+
+def _moved(bias: AttnBias | None, device: str) -> AttnBias | None:
+    if isinstance(bias, TensorBias) and bias.tensor.device.type != device:
+        grad = bias.requires_grad
+        return TensorBias(bias.tensor.detach().to(device).requires_grad_(grad), bias.lengths)
+    return bias

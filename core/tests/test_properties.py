@@ -1,0 +1,144 @@
+"""Every kernel that accepts a random problem agrees with the float64 reference, forward and backward.
+
+Refusals are looked at as hard as results: in `test_refusals.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from attn_core import Backward, Problem, TensorBias, attention, explain, kernels
+from attn_core.testing.differences import by_kernel, differences
+from attn_core.testing.problems import build
+from attn_core.testing.strategies import layouts, problems
+
+SEED = 20261121
+PROBLEMS = 1200
+#: Kernels that must have taken at least so many of the problems.
+ACCEPTED = {"torch/flash": 100, "torch/math": 100, "torch/reference": 100, "torch/flex": 100}
+#: How often each thing that a kernel may declare must have been asked for.
+ASKED = 20
+
+accepted: Counter[str] = Counter()
+compared: Counter[str] = Counter()
+asked: Counter[str] = Counter()
+
+
+def what_is_asked(problem: Problem) -> list[str]:
+    """The declarable things that this problem asks for."""
+    bias = "no bias" if problem.bias is None else type(problem.bias).__name__
+    if isinstance(problem.bias, TensorBias):
+        bias = f"TensorBias {'bool' if problem.bias.tensor.dtype is torch.bool else 'float'}"
+    conditions = {
+        "head_dim odd": problem.head_dim % 2,
+        "head_dim above 128": problem.head_dim > 128,
+        "head_dim_v": problem.head_dim_v != problem.head_dim,
+        "gqa": problem.num_heads != problem.num_kv_heads,
+        "softcap": problem.softcap is not None,
+        "dropout": problem.dropout_p,
+        "return_lse": problem.return_lse,
+        "requires_grad": problem.requires_grad,
+        "lse_grad": problem.requires_grad and problem.return_lse,
+        "bias_grad": problem.bias_requires_grad,
+        "strided_head_dim": problem.strided_head_dim,
+        "empty batch": problem.batch == 0,
+        "empty seqlen_q": problem.seqlen_q == 0,
+        "empty seqlen_kv": problem.seqlen_kv == 0,
+        "deterministic": problem.deterministic,
+        "scale 0": problem.scale == 0.0,
+        "unequal lengths": problem.seqlen_q != problem.seqlen_kv,
+    }
+    names = [name for name, asked_for in conditions.items() if asked_for]
+    return [str(problem.dtype), bias, *names]
+
+
+@pytest.fixture(autouse=True)
+def _determinism_as_before():
+    before = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@seed(SEED)
+@settings(
+    max_examples=PROBLEMS,
+    deadline=None,
+    database=None,
+    phases=(Phase.explicit, Phase.generate, Phase.shrink),
+    suppress_health_check=list(HealthCheck),
+)
+@given(
+    problem=problems(),
+    layout=layouts(),
+    numbers=st.integers(0, 2**31 - 1),
+    empty_rows=st.booleans(),
+    magnitude=st.sampled_from((1.0, 1.0, 0.1, 4.0)),
+)
+def agree_on(problem: Problem, layout: str, numbers: int, empty_rows: bool, magnitude: float) -> None:
+    torch.use_deterministic_algorithms(problem.deterministic)
+    inputs = build(problem, seed=numbers, layout=layout, empty_rows=empty_rows, magnitude=magnitude)
+    told = explain(inputs.query, inputs.key, inputs.value, inputs.bias, **inputs.options)
+    assert told.problem == problem
+    names = [verdict.kernel for verdict in told if verdict.seconds is not None]
+    assert "torch/reference" in names, "there is always an answer"
+    asked.update(what_is_asked(problem))
+    accepted.update(names)
+    if problem.dropout_p:
+        for name in names:
+            assert_dropout_is_honoured(name, inputs)
+        return
+    for name, results in zip(names, differences(problem, inputs, *map(by_kernel, names))):
+        wrong = [str(result) for result in results if not result]
+        assert not wrong, "\n".join([f"{name} on {problem}, layout {layout}:", *wrong])
+        compared[name] += len(results)
+
+
+def assert_dropout_is_honoured(name: str, inputs) -> None:
+    """A weight is dropped, or kept and divided by 1 - p; values differ between kernels, this does not."""
+    options = {**inputs.options}
+    p = options.pop("dropout_p")
+    seqlen_kv = inputs.key.shape[1]
+    if not inputs.query.numel() or not seqlen_kv:
+        return
+    columns = torch.eye(seqlen_kv, dtype=inputs.query.dtype)  # as value: then out is the weights themselves
+    value = columns[None, :, None, :].expand(*inputs.key.shape[:3], seqlen_kv)
+    options.pop("return_lse", None)
+    with torch.no_grad():
+        bias = inputs.bias
+        whole = attention(inputs.query, inputs.key, value, bias, kernel="torch/reference", **options).double()
+        told = explain(inputs.query, inputs.key, value, bias, dropout_p=p, **options)
+        if told[name].seconds is None:
+            return
+        left = attention(inputs.query, inputs.key, value, bias, dropout_p=p, kernel=name, **options).double()
+    kept = left != 0
+    tolerance = 64 * torch.finfo(inputs.query.dtype).eps
+    assert torch.allclose(left[kept], (whole / (1 - p))[kept], rtol=tolerance, atol=tolerance), name
+    weighty = whole > 1e-4  # a weight that underflows is 0 without being dropped
+    number, dropped = int(weighty.sum()), int((weighty & ~kept).sum())
+    assert abs(dropped - p * number) <= 5 * math.sqrt(p * (1 - p) * max(number, 1)) + 1, f"{name}: {dropped} of {number}"
+
+
+def test_every_accepting_kernel_agrees_with_the_reference(capsys: pytest.CaptureFixture[str]) -> None:
+    agree_on()
+    with capsys.disabled():
+        print(f"\nseed {SEED}; accepted of {PROBLEMS}: {dict(sorted(accepted.items()))}")
+        print(f"results compared: {dict(sorted(compared.items()))}")
+        print(f"asked for: {dict(sorted(asked.items()))}")
+    assert accepted["torch/reference"] >= PROBLEMS, "the reference takes every legal problem"
+    for name, least in ACCEPTED.items():
+        assert accepted[name] >= least, f"{name} took {accepted[name]} problems, fewer than {least}"
+    everything = {
+        *(f"torch.{name}" for name in ("float32", "float64", "bfloat16", "float16")),
+        *("no bias", "Causal", "Window", "KeyPadding", "TensorBias bool", "TensorBias float"),
+        *("head_dim odd", "head_dim above 128", "head_dim_v", "gqa", "softcap", "dropout", "return_lse"),
+        *("requires_grad", "lse_grad", "bias_grad", "strided_head_dim", "deterministic", "scale 0", "unequal lengths"),
+        *("empty batch", "empty seqlen_q", "empty seqlen_kv"),
+    }
+    rare = {name: asked[name] for name in sorted(everything) if asked[name] < ASKED}
+    assert not rare, f"asked for fewer than {ASKED} times: {rare}"
