@@ -47,7 +47,8 @@ def owner(entry_point: Any) -> tuple[str, str]:
     if entry_point.dist is None:
         return "", ""
     try:
-        return entry_point.dist.name, entry_point.dist.version
+        metadata = entry_point.dist.metadata  # read and parsed anew each time
+        return metadata["Name"], metadata["Version"]
     except Exception:  # the reason is told when the plugin's requirements are read
         return _name(entry_point.dist), ""
 

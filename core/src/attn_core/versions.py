@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from packaging.requirements import InvalidRequirement, Requirement
@@ -10,6 +11,7 @@ from packaging.utils import canonicalize_name
 CORE = "attn-core"
 
 
+@functools.cache
 def core_version() -> str | None:
     """The installed version of the core; None in a source tree without metadata."""
     import importlib_metadata
