@@ -1,0 +1,151 @@
+"""`attn doctor`: the environment, what is amiss in it, and what to type."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatchcase
+from typing import Any
+
+import click
+import torch
+
+from ..environment import Environment, read_environment
+from ..errors import InputError, suggestion
+from ..registry import registry
+from ..versions import core_version
+from .console import console, print_json, table
+from .group import broken_commands
+
+#: The variables that attn reads.
+VARIABLES = tuple(f"ATTN_{field.name.upper()}" for field in fields(Environment))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Something that is not as it could be.
+
+    `state` is "broken" (somebody should act), or "absent", "unavailable", "failed" (it can be like that on purpose),
+    or, for a variable, "ignored" (it has no effect).
+    """
+
+    what: str  #: "plugin", "kernel", "command" or "variable"
+    name: str
+    state: str
+    reason: str
+    fix: str | None = None
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="The same, for programs.")
+@click.pass_context
+def doctor(ctx: click.Context, /, as_json: bool) -> None:
+    """Examine this installation: what is there, what is not, and what to type about it.
+
+    Exit code 1 if something is broken. What is absent or not for this machine is listed, but no failure.
+
+    \b
+    Example:
+        attn doctor --json > report.json
+    """
+    facts, variables, found = environment(), variables_in_force(), list(findings())
+    if as_json:
+        print_json({"environment": facts, "variables": variables, "findings": [asdict(f) for f in found]})
+    else:
+        out = console()
+        shown = table("environment", "what", "here")
+        for name, value in facts.items():
+            shown.add_row(name, "\n".join(value) if isinstance(value, list) else str(value))
+        for name, text in variables.items():
+            shown.add_row(name, repr(text))
+        out.print(shown)
+        out.print(_findings_table(found) if found else "Nothing is amiss.")
+    if any(finding.state == "broken" for finding in found):
+        ctx.exit(1)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and devices of this process."""
+    return {
+        "attn-core": core_version() or "from a source tree",
+        "plugins": [
+            f"{plugin.name}: {plugin.distribution or '(no distribution)'} {plugin.version}".strip()
+            for plugin in registry.plugins()
+        ],
+        "Python": f"{platform.python_version()} ({sys.executable})",
+        "operating system": platform.platform(),
+        "torch": str(torch.__version__),
+        "CUDA of torch": torch.version.cuda or torch.version.hip or "none: built without",
+        "GPUs": _gpus() or "none",
+        "threads of torch": torch.get_num_threads(),
+        "CPU": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+    }
+
+
+def variables_in_force() -> dict[str, str]:
+    """ATTN_* variables that are set."""
+    return {name: os.environ[name] for name in sorted(os.environ) if name.startswith("ATTN_")}
+
+
+def findings() -> Iterator[Finding]:
+    """What is broken, absent, unavailable or without effect."""
+    for plugin in registry.plugins():
+        if plugin.state != "ready":
+            fix = plugin.fix
+            if fix is None and plugin.state == "broken":
+                fix = f"pip install -U {plugin.distribution or plugin.name}\nor switch it off: ATTN_BLOCK={plugin.name}"
+            yield Finding(what="plugin", name=plugin.name, state=plugin.state, reason=plugin.reason, fix=fix)
+    for kernel in registry.kernels():
+        condition = registry.condition(kernel)
+        if condition.state != "ready":
+            text, fix = condition.reason, condition.fix
+            yield Finding(what="kernel", name=kernel.name, state=condition.state, reason=text, fix=fix)
+    for name, reason in broken_commands().items():
+        yield Finding(what="command", name=name, state="broken", reason=reason)
+    yield from _findings_of_variables()
+
+
+def _findings_of_variables() -> Iterator[Finding]:
+    for name in variables_in_force():
+        if name not in VARIABLES:
+            text = f"attn reads no such variable.{suggestion(name, VARIABLES)}"
+            yield Finding(what="variable", name=name, state="ignored", reason=text, fix=f"unset {name}")
+    try:
+        read = read_environment()
+    except InputError as error:
+        name, _, reason = str(error).partition(": ")
+        yield Finding(what="variable", name=name, state="broken", reason=reason, fix=f"unset {name}")
+        return
+    plugins = [plugin.name for plugin in registry.plugins()]
+    kernels = [kernel.name for kernel in registry.kernels()]
+    for variable, names in (("ATTN_PLUGINS", read.plugins or ()), ("ATTN_BLOCK", read.block)):
+        for name in names:
+            if name not in plugins:
+                text = f"no plugin {name!r} is installed.{suggestion(name, plugins)}"
+                yield Finding(what="variable", name=variable, state="ignored", reason=text)
+    for pattern in read.prefer:
+        if not any(fnmatchcase(kernel, pattern) for kernel in kernels):
+            text = f"no kernel matches {pattern!r}.{suggestion(pattern, kernels)}"
+            yield Finding(what="variable", name="ATTN_PREFER", state="ignored", reason=text)
+
+
+def _findings_table(found: list[Finding]) -> Any:
+    shown = table("findings", "what", "name", "state", "reason", "to type")
+    for finding in found:
+        style = "red" if finding.state == "broken" else None
+        shown.add_row(finding.what, finding.name, finding.state, finding.reason, finding.fix or "", style=style)
+    return shown
+
+
+def _gpus() -> list[str]:
+    """Names, compute capabilities and memory of the CUDA devices; other accelerators by name."""
+    if torch.cuda.is_available():
+        found = []
+        for index in range(torch.cuda.device_count()):
+            device = torch.cuda.get_device_properties(index)
+            found.append(f"{device.name}, sm_{device.major}{device.minor}, {device.total_memory / 2**30:.0f} GiB")
+        return found
+    return ["Apple GPU (mps)"] if torch.backends.mps.is_available() else []
