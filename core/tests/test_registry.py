@@ -110,10 +110,14 @@ def test_choices_are_forgotten_when_kernels_come_and_go():
 
 
 def test_the_handle_takes_the_kernel_out_when_the_block_ends_in_an_error():
-    with pytest.raises(KeyError), register(toy()) as handle:
-        assert handle.kernel.name == "toy/ones"
-        assert "toy/ones" in repr(handle)
-        raise KeyError
+    def in_the_block():
+        with register(toy()) as handle:
+            assert attn_core.kernel("toy/ones") is handle.kernel
+            assert "toy/ones" in repr(handle)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        in_the_block()
     assert not attn_core.kernels("toy/*")
 
 
