@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
-
-from attn_core import Backward, Problem, TensorBias, attention, explain, kernels
+from attn_core import Problem, TensorBias, attention, explain
 from attn_core.testing.differences import by_kernel, differences
 from attn_core.testing.problems import build
 from attn_core.testing.strategies import layouts, problems
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
 
 SEED = 20261121
-PROBLEMS = 1200
+PROBLEMS = 1100
 #: Kernels that must have taken at least so many of the problems.
 ACCEPTED = {"torch/flash": 100, "torch/math": 100, "torch/reference": 100, "torch/flex": 100}
 #: How often each thing that a kernel may declare must have been asked for.
@@ -84,7 +84,8 @@ def agree_on(problem: Problem, layout: str, numbers: int, empty_rows: bool, magn
     torch.use_deterministic_algorithms(problem.deterministic)
     inputs = build(problem, seed=numbers, layout=layout, empty_rows=empty_rows, magnitude=magnitude)
     told = explain(inputs.query, inputs.key, inputs.value, inputs.bias, **inputs.options)
-    assert told.problem == problem
+    assert replace(told.problem, bias=None) == replace(problem, bias=None)
+    assert type(told.problem.bias) is type(problem.bias)
     names = [verdict.kernel for verdict in told if verdict.seconds is not None]
     assert "torch/reference" in names, "there is always an answer"
     asked.update(what_is_asked(problem))
@@ -121,15 +122,17 @@ def assert_dropout_is_honoured(name: str, inputs) -> None:
     assert torch.allclose(left[kept], (whole / (1 - p))[kept], rtol=tolerance, atol=tolerance), name
     weighty = whole > 1e-4  # a weight that underflows is 0 without being dropped
     number, dropped = int(weighty.sum()), int((weighty & ~kept).sum())
-    assert abs(dropped - p * number) <= 5 * math.sqrt(p * (1 - p) * max(number, 1)) + 1, f"{name}: {dropped} of {number}"
+    assert abs(dropped - p * number) <= 5 * math.sqrt(p * (1 - p) * max(number, 1)) + 1, (
+        f"{name}: {dropped} of {number}"
+    )
 
 
 def test_every_accepting_kernel_agrees_with_the_reference(capsys: pytest.CaptureFixture[str]) -> None:
     agree_on()
     with capsys.disabled():
-        print(f"\nseed {SEED}; accepted of {PROBLEMS}: {dict(sorted(accepted.items()))}")
-        print(f"results compared: {dict(sorted(compared.items()))}")
-        print(f"asked for: {dict(sorted(asked.items()))}")
+        print(f"\nseed {SEED}; accepted of {PROBLEMS}: {dict(sorted(accepted.items()))}")  # noqa: T201
+        print(f"results compared: {dict(sorted(compared.items()))}")  # noqa: T201
+        print(f"asked for: {dict(sorted(asked.items()))}")  # noqa: T201
     assert accepted["torch/reference"] >= PROBLEMS, "the reference takes every legal problem"
     for name, least in ACCEPTED.items():
         assert accepted[name] >= least, f"{name} took {accepted[name]} problems, fewer than {least}"

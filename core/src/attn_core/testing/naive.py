@@ -1,8 +1,9 @@
 """The naive run: attention as one would write it in the operands' own dtype, whose error is the measure of a kernel's.
 
-Every product and every weight is rounded to the dtype, as in eager PyTorch. Two things are not, since every kernel
-keeps them in float32 whatever the operands are, and the measure would otherwise be too generous: the LSE, which is
-returned in float32, and a dense bias, whose rounding to half precision would be an error of meaning.
+Every product and every weight is rounded to the dtype, as in eager PyTorch. Two things are not, or the measure would be
+too generous: the sum behind the LSE, which is float32 by contract, and a dense bias, whose rounding to half precision
+would be an error of meaning. (The terms of that sum are rounded: torch's own half-precision kernel on the CPU takes
+its exponentials with an error of 3e-5, far below what the dtype can hold.)
 """
 
 from __future__ import annotations
@@ -30,10 +31,9 @@ def naive_attention(
     `[batch, num_heads, seqlen_q]` in float32 (float64 for float64)."""
     query, key, value = _heads_first(query, key, value, bias)
     wide = torch.float64 if query.dtype is torch.float64 else torch.float32
-    weights = _softmax(_logits(query, key, bias, scale, softcap, wide))
-    out = weights.to(query.dtype) @ value
-    lse = _logsumexp(_logits(query.to(wide), key.to(wide), bias, scale, softcap, wide))
-    return out.transpose(1, 2), lse
+    logits = _logits(query, key, bias, scale, softcap, wide)
+    out = _softmax(logits).to(query.dtype) @ value
+    return out.transpose(1, 2), _logsumexp(logits, query.dtype)
 
 
 @dataclass(frozen=True)
@@ -59,27 +59,36 @@ def terms_of(
     scale: float,
     softcap: float | None = None,
 ) -> Terms:
-    """The sums of attention and of its gradients with every factor replaced by its absolute value."""
+    """The sums of attention and of its gradients with every factor replaced by its absolute value.
+
+    A weight is as uncertain as the logits of its row are: an ulp of a logit of 10 changes it by 10 ulp. Logits are kept
+    in float32 or better, so this counts for those dtypes alone.
+    """
     group = query.shape[2] // key.shape[2]
+    dtype = query.dtype
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
     query, key, value = (x.detach().double() for x in _heads_first(query, key, value, bias))
     logits = _logits(query, key, bias, scale, softcap, torch.float64).detach()
-    weights = _softmax(logits)
+    size = abs(scale)
+    products = size * (query.abs() @ key.abs().mT)
+    finite = torch.where(logits == MASKED, 0.0, torch.maximum(products, logits.abs()))
+    largest = finite.amax(-1, keepdim=True) if finite.shape[-1] else finite.sum(-1, keepdim=True)
+    weights = _softmax(logits) * (1.0 + largest * torch.finfo(wide).eps / torch.finfo(dtype).eps)
     grad = grad_out.double().abs().transpose(1, 2)
     to_weights = grad @ value.abs().mT
     to_row = (weights * to_weights).sum(-1, keepdim=True)
     if grad_lse is not None:
         to_row = to_row + grad_lse.double().abs().unsqueeze(-1)
     to_logits = weights * (to_weights + to_row)
-    size = abs(scale)
 
     def grouped(x: Tensor) -> Tensor:  # [batch, num_heads, seqlen_kv, dim] -> heads-last, summed over a group of heads
-        return x.unflatten(1, (-1, group)).sum(2).transpose(1, 2)
+        batch, num_heads, seqlen_kv, dim = x.shape
+        return x.reshape(batch, num_heads // group, group, seqlen_kv, dim).sum(2).transpose(1, 2)
 
-    products = size * (query.abs() @ key.abs().mT)
-    finite = torch.where(logits == MASKED, 0.0, torch.maximum(products, logits.abs()))
     return Terms(
         out=(weights @ value.abs()).transpose(1, 2),
-        lse=finite.amax(-1) + 1.0 if finite.shape[-1] else finite.sum(-1),
+        # The LSE is float32 also where the terms of its sum, relative to the largest, are exact to `dtype` only.
+        lse=largest.squeeze(-1) + torch.finfo(dtype).eps / torch.finfo(wide).eps,
         query=(size * (to_logits @ key.abs())).transpose(1, 2),
         key=grouped(size * (to_logits.mT @ query.abs())),
         value=grouped(weights.mT @ grad),
@@ -118,11 +127,14 @@ def _softmax(logits: Tensor) -> Tensor:
     return torch.softmax(torch.where(empty, 0.0, logits), -1) * ~empty
 
 
-def _logsumexp(logits: Tensor) -> Tensor:
-    """Over the last dimension; -inf, without a NaN in its gradient, for a row of nothing but -inf."""
-    empty = (logits == MASKED).all(-1, keepdim=True)
-    lse = torch.logsumexp(torch.where(empty, 0.0, logits), -1)
-    return torch.where(empty.squeeze(-1), MASKED, lse)
+def _logsumexp(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Over the last dimension, the terms rounded to `dtype`; -inf for a row of nothing but -inf."""
+    empty = (logits == MASKED).all(-1)
+    if logits.shape[-1] == 0:
+        return logits.sum(-1) + MASKED
+    highest = logits.detach().amax(-1, keepdim=True).masked_fill(empty.unsqueeze(-1), 0.0)
+    total = torch.exp(logits - highest).to(dtype).to(logits.dtype).sum(-1)
+    return torch.where(empty, MASKED, highest.squeeze(-1) + torch.where(empty, 1.0, total).log())
 
 
 def _bound(bias: AttnBias | None, query: Tensor, key: Tensor) -> AttnBias | None:
