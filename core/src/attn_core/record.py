@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from contextvars import Token
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .problem import Problem
-from .scope import Scope, current, drop, scope_for
+from .scope import Scope, current, scope_for
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -150,19 +151,17 @@ class record:  # noqa: N801  (reads as a verb: `with record() as calls`)
     """
 
     def __init__(self) -> None:
-        self._entered: list[tuple[Any, Scope]] = []
+        self._entered: list[Token[Scope]] = []
 
     def __enter__(self) -> Recorder:
         recorder = Recorder()
         outer = current.get()
         scope = scope_for(outer.settings, (*outer.recorders, recorder))
-        self._entered.append((current.set(scope), scope))
+        self._entered.append(current.set(scope))
         return recorder
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        token, scope = self._entered.pop()
-        current.reset(token)
-        drop(scope)
+        current.reset(self._entered.pop())
 
 
 def recording(

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -48,6 +49,8 @@ class Scope(dict[Any, Callable[..., Any]]):
         super().__init__()
         self.settings = settings
         self.recorders = recorders
+        with _lock:
+            _alive[id(self)] = self
 
     def keep(self, key: Any, run: Callable[..., Any]) -> None:
         """Stores a choice, dropping the oldest where the table is full."""
@@ -62,11 +65,12 @@ def _settings_of_environment() -> Settings:
     return Settings(prefer=environment.prefer, allow=environment.allow)
 
 
-_lock = threading.Lock()
+_lock = threading.RLock()
+#: Every scope that somebody is in, or may enter again: all that must forget their choices when kernels come or go.
+_alive: WeakValueDictionary[int, Scope] = WeakValueDictionary()
 #: Outside every `with`: what ATTN_PREFER and ATTN_ALLOW say.
 _base = Scope(_settings_of_environment())
 _warm: dict[Settings, Scope] = {}
-_recording: list[Scope] = []
 
 current: ContextVar[Scope] = ContextVar("attn_scope", default=_base)
 
@@ -89,30 +93,23 @@ def _reflect(settings: Settings) -> None:
 def scope_for(settings: Settings, recorders: tuple[Recorder, ...] = ()) -> Scope:
     """The scope of these settings, with the choices made before under the same."""
     if recorders:  # the functions that it keeps count into these recorders, so its table is its own
-        scope = Scope(settings, recorders)
-        with _lock:
-            _recording.append(scope)
-        return scope
+        return Scope(settings, recorders)
     if settings == _base.settings:
         return _base
     with _lock:
-        found = _warm.pop(settings, None) or Scope(settings)
+        found = _warm.pop(settings, None)
+        if found is None:  # an empty one is falsy, and as good
+            found = Scope(settings)
         _warm[settings] = found  # moved to the end: the one left alone for longest goes first
         while len(_warm) > SCOPES_KEPT:
             del _warm[next(iter(_warm))]
     return found
 
 
-def drop(scope: Scope) -> None:
-    """Forgets a recording scope that was left."""
-    with _lock:
-        _recording[:] = [other for other in _recording if other is not scope]
-
-
 def forget_choices() -> None:
     """Empties every table: kernels came, went or broke."""
-    for scope in (_base, *list(_warm.values()), *list(_recording)):
-        with _lock:
+    with _lock:
+        for scope in list(_alive.values()):
             scope.clear()
 
 
@@ -166,12 +163,9 @@ class _ScopeContext:
         entered = _entered.get()
         last = max(i for i, (owner, _) in enumerate(entered) if owner is self)
         _entered.set(entered[:last] + entered[last + 1 :])
-        left = current.get()
         current.reset(entered[last][1])
         # Not what the mirror showed on entering: another task of this thread may have entered or left since.
         _reflect(current.get().settings)
-        if left.recorders:
-            drop(left)
 
 
 class prefer(_ScopeContext):  # noqa: N801  (reads as a verb: `with prefer("flash/*")`)
@@ -216,4 +210,4 @@ def check_patterns(patterns: tuple[str, ...]) -> None:
         if not any(c in pattern for c in "*?["):
             registry.kernel(pattern)
         elif not any(fnmatchcase(kernel.name, pattern) for kernel in registry.kernels()):
-            warnings.warn(f"prefer: no kernel matches {pattern!r}; `attn kernels` lists all", stacklevel=4)
+            warnings.warn(f"prefer: no kernel matches {pattern!r}; `attn kernels` lists all", stacklevel=3)
