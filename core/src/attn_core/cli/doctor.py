@@ -14,7 +14,7 @@ import click
 import torch
 
 from ..environment import Environment, read_environment
-from ..errors import InputError, suggestion
+from ..errors import suggestion
 from ..registry import registry
 from ..versions import core_version
 from .console import console, print_json, table
@@ -113,12 +113,7 @@ def _findings_of_variables() -> Iterator[Finding]:
         if name not in VARIABLES:
             text = f"attn reads no such variable.{suggestion(name, VARIABLES)}"
             yield Finding(what="variable", name=name, state="ignored", reason=text, fix=f"unset {name}")
-    try:
-        read = read_environment()
-    except InputError as error:
-        name, _, reason = str(error).partition(": ")
-        yield Finding(what="variable", name=name, state="broken", reason=reason, fix=f"unset {name}")
-        return
+    read = read_environment()
     plugins = [plugin.name for plugin in registry.plugins()]
     kernels = [kernel.name for kernel in registry.kernels()]
     for variable, names in (("ATTN_PLUGINS", read.plugins or ()), ("ATTN_BLOCK", read.block)):

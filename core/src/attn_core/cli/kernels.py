@@ -39,6 +39,7 @@ def kernels(pattern: str, as_json: bool) -> None:
     shown.columns[0].min_width = max(len(kernel.name) for kernel in found)
     for kernel in found:
         condition = registry.condition(kernel)
+        own_limits = ["(further limits: see attn explain)"] if kernel.refuse is not None else []
         for capabilities in kernel.declarations:
             backward = capabilities.backward
             takes = (
@@ -50,7 +51,7 @@ def kernels(pattern: str, as_json: bool) -> None:
             shown.add_row(
                 f"{kernel.name}\n{condition.state}",
                 "\n".join(takes),
-                "\n".join(remaining(capabilities, SHOWN)),
+                "\n".join([*remaining(capabilities, SHOWN), *own_limits]),
                 "\n".join(["yes", *remaining(backward)]) if isinstance(backward, Backward) else "no",
                 style=None if condition.state == "ready" else "dim",
             )
