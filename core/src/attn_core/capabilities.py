@@ -107,10 +107,12 @@ class Capabilities:
         if isinstance(self.backward, bool):
             object.__setattr__(self, "backward", Backward(deterministic=self.deterministic) if self.backward else None)
 
-    def is_for(self, problem: Problem) -> bool:
-        """Whether this record speaks of the problem's device at all."""
-        if problem.device not in self.devices and "*" not in self.devices:
-            return False
+    def names_device(self, problem: Problem) -> bool:
+        """Whether this record speaks of the problem's device type."""
+        return problem.device in self.devices or "*" in self.devices
+
+    def fits_compute_capability(self, problem: Problem) -> bool:
+        """Whether the problem's device lies within this record's limits; true for all but CUDA devices."""
         return not problem.is_cuda or not self._refusals_of_compute_capability(problem)
 
     def refusals(self, problem: Problem) -> list[Refusal]:

@@ -94,18 +94,17 @@ class Kernel:
         return self.capabilities if isinstance(self.capabilities, tuple) else (self.capabilities,)
 
     def declaration(self, problem: Problem) -> Capabilities:
-        """The record that counts for `problem`: the first for its device, or the first of all."""
+        """The record that counts for `problem`: the first for its device and compute capability, else the nearest."""
         declared = self.declarations
-        if len(declared) > 1:
-            for capabilities in declared:
-                if capabilities.is_for(problem):
-                    return capabilities
-        return declared[0]
+        if len(declared) == 1:
+            return declared[0]
+        for_device = [each for each in declared if each.names_device(problem)] or list(declared)
+        return next((each for each in for_device if each.fits_compute_capability(problem)), for_device[0])
 
-    def refusals(self, problem: Problem) -> list[Refusal]:
-        """Every reason why this kernel, as it is, does not take `problem`."""
+    def refusals(self, problem: Problem, *, limits: bool = True) -> list[Refusal]:
+        """Every reason why this kernel, as it is, does not take `problem`; `limits`: also those of `refuse`."""
         found = self.declaration(problem).refusals(problem)
-        if self.refuse is not None and not found:  # an irregular limit may rely on the regular ones
+        if limits and self.refuse is not None and not found:  # an irregular limit may rely on the regular ones
             found = list(self.refuse(problem))
         return found
 

@@ -74,8 +74,10 @@ def _plain(size: Any) -> int:
     return int(size.node.hint) if isinstance(size, torch.SymInt) else size
 
 
-def consider(registry: Registry, kernel: Kernel, problem: Problem, settings: Settings) -> Candidate:
-    """Whether and how `kernel` takes `problem`."""
+def consider(
+    registry: Registry, kernel: Kernel, problem: Problem, settings: Settings, *, limits: bool = True
+) -> Candidate:
+    """Whether and how `kernel` takes `problem`; without `limits`, its own `refuse` is left to be asked later."""
     condition = registry.condition(kernel)
     preferred = next((i for i, p in enumerate(settings.prefer) if fnmatchcase(kernel.name, p)), None)
     if condition.state not in ("ready", "failed"):
@@ -87,7 +89,7 @@ def consider(registry: Registry, kernel: Kernel, problem: Problem, settings: Set
             problem=problem,
             preferred=preferred,
         )
-    refusals = kernel.refusals(problem)
+    refusals = kernel.refusals(problem, limits=limits)
     adapted, steps, extra = problem, [], Terms()
     for adaptation in ADAPTATIONS:
         if not refusals:
@@ -98,13 +100,13 @@ def consider(registry: Registry, kernel: Kernel, problem: Problem, settings: Set
                 extra = extra.plus(adaptation.terms(adapted, after))
                 steps.append((adaptation, after))
                 adapted = after
-                refusals = kernel.refusals(adapted)
+                refusals = kernel.refusals(adapted, limits=limits)
     if kernel.declaration(problem).numerics == "approximate" and "approximate" not in settings.allow:
         text = 'is approximate; allowed within `with allow("approximate")` or by ATTN_ALLOW=approximate'
         refusals = [*refusals, Refusal("numerics", text)]
     if refusals:
         # The reasons that the caller reads are those for the call as it was written.
-        unadapted = kernel.refusals(problem)
+        unadapted = kernel.refusals(problem, limits=limits)
         solvable = {field for adaptation, _ in steps for field in adaptation.fields}
         shown = [r for r in unadapted if r.field not in solvable or any(r.field == s.field for s in refusals)]
         shown += [r for r in refusals if all(r.field != s.field for s in shown)]
@@ -122,9 +124,9 @@ def consider(registry: Registry, kernel: Kernel, problem: Problem, settings: Set
     )
 
 
-def rank(registry: Registry, problem: Problem, settings: Settings) -> list[Candidate]:
+def rank(registry: Registry, problem: Problem, settings: Settings, *, limits: bool = True) -> list[Candidate]:
     """Every kernel, those that take the problem first, the best of them at the top."""
-    found = [consider(registry, kernel, problem, settings) for kernel in registry.kernels()]
+    found = [consider(registry, kernel, problem, settings, limits=limits) for kernel in registry.kernels()]
     last = len(settings.prefer)
 
     def order(candidate: Candidate) -> tuple[bool, int, float, str]:
@@ -134,18 +136,20 @@ def rank(registry: Registry, problem: Problem, settings: Settings) -> list[Candi
     return sorted(found, key=order)
 
 
-def choose(registry: Registry, problem: Problem, settings: Settings, forced: str | None = None) -> Candidate:
+def choose(
+    registry: Registry, problem: Problem, settings: Settings, forced: str | None = None, *, limits: bool = True
+) -> Candidate:
     """The kernel that runs `problem`.
 
     Raises UnknownKernelError or KernelRefusedError where the caller insists on one by name, NoKernelError where none
     takes the problem.
     """
     if forced is not None:
-        candidate = consider(registry, registry.kernel(forced), problem, settings)
+        candidate = consider(registry, registry.kernel(forced), problem, settings, limits=limits)
         if not candidate.takes:
             raise KernelRefusedError(f"{told(candidate)}\nThe problem: {problem}")
         return candidate
-    candidates = rank(registry, problem, settings)
+    candidates = rank(registry, problem, settings, limits=limits)
     if not candidates or not candidates[0].takes:
         reasons = "\n".join(told(candidate) for candidate in candidates) or "no kernel is registered"
         raise NoKernelError(f"no kernel takes this problem: {problem}\n{reasons}")

@@ -123,12 +123,22 @@ def _chosen(
         softcap is not None,
         # A default float counts as symbolic; branching on it, not bool(), makes it a constant.
         True if dropout_p else False,  # noqa: SIM210
-        None if bound is None else (type(bound), bound.facts(), tuple(size != 1 for size in bound.batch_and_heads)),
+        None
+        if bound is None
+        else (type(bound), _plain(bound.facts()), tuple(size != 1 for size in bound.batch_and_heads)),
     )
     name, kernel_heads, _, _, steps, _ = _best(rows, problem)
     note(name, tuple(ADAPTATIONS[index].name for index, _ in steps), described(problem, fixed))
     call = bind(registry.traceable[name], kernel_heads, _rewritten(problem, steps), problem, bound, heads)
     return call(query, key, value, bound)
+
+
+def _plain(facts: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Facts of a bias with symbolic numbers made constants of the graph: one window, one graph."""
+    numbers = (int, torch.SymInt)
+    return tuple(
+        operator.index(fact) if isinstance(fact, numbers) and not isinstance(fact, bool) else fact for fact in facts
+    )
 
 
 def _best(rows: tuple[Any, ...], problem: Problem) -> Any:
@@ -202,9 +212,12 @@ def shortlist(
         **values,
     )
     settings = Settings(prefer=prefer, allow=frozenset({"approximate"}) if approximate else frozenset())
-    chosen = choose(registry, problem, settings, forced)  # raises where nothing takes it
-    candidates = [chosen] if forced is not None else [c for c in rank(registry, problem, settings) if c.takes]
     symbolic = None in sizes
+    limits = not symbolic
+    chosen = choose(registry, problem, settings, forced, limits=limits)  # raises where nothing takes it
+    candidates = [chosen]
+    if forced is None:
+        candidates = [each for each in rank(registry, problem, settings, limits=limits) if each.takes]
     rows = []
     for candidate in candidates:
         registry.make_traceable(candidate.kernel)

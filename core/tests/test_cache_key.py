@@ -1,0 +1,377 @@
+"""Every element of the key under which a choice is kept: flipped after the first call, the call chooses anew.
+
+Two toy kernels say what ran. `toy/narrow` is the fastest and takes one call only, the base call; `toy/wide` takes
+everything. Were an element missing from the key, the second call would find the first one's choice and run
+`toy/narrow` on a problem that it refuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from attn_core import (
+    ANY_DIM,
+    AttnBias,
+    Backward,
+    Capabilities,
+    Causal,
+    Cost,
+    InputError,
+    InputTypeError,
+    Kernel,
+    KernelRefusedError,
+    KeyPadding,
+    Problem,
+    Refusal,
+    TensorBias,
+    Window,
+    attention,
+    prefer,
+    reference_attention,
+    register,
+    scaled_dot_product_attention,
+)
+from attn_core.scope import current
+
+SHAPE = (2, 4, 3, 8)  # batch, seqlen, num_heads, head_dim
+
+
+@pytest.fixture
+def ran() -> Iterator[list[str]]:
+    """Names of the toy kernels that ran, in order; both are registered meanwhile."""
+    names: list[str] = []
+
+    def narrow(query, key, value, *, bias=None, scale):
+        names.append("narrow")
+        return reference_attention(query, key, value, bias, scale=scale)[0].to(query.dtype)
+
+    def wide(query, key, value, *, bias=None, scale, softcap=None, dropout_p=0.0, return_lse=False):
+        names.append("wide")
+        out, lse = reference_attention(query, key, value, bias, scale=scale, softcap=softcap, dropout_p=dropout_p)
+        return (out.to(query.dtype), lse.float()) if return_lse else out.to(query.dtype)
+
+    def refuse(problem: Problem) -> Iterator[Refusal]:
+        base = {"batch": 2, "seqlen_q": 4, "seqlen_kv": 4, "num_heads": 3, "scale": 8**-0.5}
+        for field, want in base.items():
+            if getattr(problem, field) != want:
+                yield Refusal(field, f"takes {want}, got {getattr(problem, field)}")
+
+    kernels = (
+        Kernel(
+            name="toy/narrow",
+            run=narrow,
+            capabilities=Capabilities(
+                devices={"cpu"}, dtypes={torch.float32}, head_dims={8}, biases={Causal("top-left"), TensorBias}
+            ),
+            refuse=refuse,
+            costs={"*": Cost(call=1e-9)},
+        ),
+        Kernel(
+            name="toy/wide",
+            run=wide,
+            capabilities=Capabilities(
+                devices={"*"},
+                dtypes={torch.float32, torch.float64, torch.bfloat16},
+                head_dims=ANY_DIM,
+                head_dims_v=ANY_DIM,
+                biases={AttnBias, KeyPadding},
+                backward=Backward(bias_grad=True, lse_grad=True, deterministic=True),
+                gqa=True,
+                softcap=True,
+                dropout=True,
+                return_lse=True,
+                deterministic=True,
+                forward_ad=True,
+                strided_head_dim=True,
+                empty_lengths=True,
+            ),
+            costs={"*": Cost(call=1e-8)},
+        ),
+    )
+    handles = [register(kernel) for kernel in kernels]
+    yield names
+    for handle in handles:
+        handle.unregister()
+
+
+def operands(shape=SHAPE, *, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(dtype) for _ in range(3)]
+
+
+def chosen_after(ran: list[str], second, first=lambda: attention(*operands())) -> str:
+    """What ran in `second`, after `first` was run twice (chosen, then found) by the narrow kernel."""
+    first()
+    first()
+    assert ran == ["narrow", "narrow"]
+    second()
+    return ran[-1] if len(ran) == 3 else f"{len(ran)} runs"
+
+
+def test_the_base_call_is_chosen_once_and_found_again(ran):
+    attention(*operands())
+    kept = len(current.get())
+    attention(*operands(seed=1))
+    assert ran == ["narrow", "narrow"]
+    assert len(current.get()) == kept
+
+
+@pytest.mark.parametrize(
+    ("element", "shapes"),
+    [
+        ("batch", [(3, 4, 3, 8)] * 3),
+        ("seqlen_q", [(2, 5, 3, 8), SHAPE, SHAPE]),
+        ("seqlen_kv", [SHAPE, (2, 6, 3, 8), (2, 6, 3, 8)]),
+        ("num_heads", [(2, 4, 6, 8), SHAPE, SHAPE]),
+        ("num_kv_heads", [SHAPE, (2, 4, 1, 8), (2, 4, 1, 8)]),
+        ("head_dim", [(2, 4, 3, 16)] * 3),
+        ("head_dim_v", [SHAPE, SHAPE, (2, 4, 3, 5)]),
+    ],
+)
+def test_each_shape(ran, element, shapes):
+    query, key, value = (torch.randn(shape) for shape in shapes)
+    assert chosen_after(ran, lambda: attention(query, key, value)) == "wide"
+
+
+def test_the_shape_of_value_alone_when_it_does_not_fit(ran):
+    query, key, value = operands()
+    attention(query, key, value)
+    with pytest.raises(InputError, match="value: seqlen must be key's 4, got 3"):
+        attention(query, key, value[:, :3])
+
+
+def test_dtype(ran):
+    assert chosen_after(ran, lambda: attention(*operands(dtype=torch.float64))) == "wide"
+
+
+@pytest.mark.parametrize("name", ["key", "value"])
+def test_a_dtype_that_differs_between_operands(ran, name):
+    mixed = dict(zip(("query", "key", "value"), operands()))
+    attention(**mixed)
+    mixed[name] = mixed[name].double()
+    with pytest.raises(InputTypeError, match=f"{name}: must have query's dtype"):
+        attention(**mixed)
+
+
+def test_device(ran):
+    assert chosen_after(ran, lambda: attention(*(x.to("meta") for x in operands()))) == "wide"
+
+
+@pytest.mark.parametrize("name", ["key", "value"])
+def test_a_device_that_differs_between_operands(ran, name):
+    mixed = dict(zip(("query", "key", "value"), operands()))
+    attention(**mixed)
+    mixed[name] = mixed[name].to("meta")
+    with pytest.raises(InputError, match=f"{name}: must be on query's device cpu, got meta"):
+        attention(**mixed)
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_the_class_of_each_operand(ran, name):
+    class Tagged(torch.Tensor):
+        pass
+
+    tagged = dict(zip(("query", "key", "value"), operands()))
+    attention(**tagged)
+    tagged[name] = tagged[name].as_subclass(Tagged)
+    with pytest.raises(InputTypeError, match=f"{name}: attention takes plain tensors, got a Tagged"):
+        attention(**tagged)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2], ids=["query", "key", "value"])
+def test_requires_grad_of_each_operand(ran, index):
+    inputs = operands()
+    inputs[index].requires_grad_()
+    assert chosen_after(ran, lambda: attention(*inputs)) == "wide"
+
+
+def test_grad_mode(ran):
+    inputs = [x.requires_grad_() for x in operands()]
+
+    def without_grad():
+        with torch.no_grad():
+            attention(*inputs)
+
+    assert chosen_after(ran, lambda: attention(*inputs), first=without_grad) == "wide"
+
+
+@pytest.mark.parametrize("index", [0, 1, 2], ids=["query", "key", "value"])
+def test_the_strides_of_each_operand(ran, index):
+    inputs = operands()
+    inputs[index] = inputs[index].mT.contiguous().mT  # the same shape, the last dimension strided
+    assert inputs[index].stride(-1) != 1
+    expected = reference_attention(*inputs)[0].float()
+    attention(*operands())
+    out = attention(*inputs)
+    assert ran == ["narrow", "wide"]
+    torch.testing.assert_close(out, expected)
+
+
+def test_deterministic_algorithms(ran):
+    def deterministic():
+        torch.use_deterministic_algorithms(True)
+        try:
+            attention(*operands())
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    assert chosen_after(ran, deterministic) == "wide"
+
+
+def test_autocast_and_its_dtype(ran):
+    def under_autocast():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert attention(*operands()).dtype is torch.bfloat16
+
+    assert chosen_after(ran, under_autocast) == "wide"
+    with (
+        torch.autocast("cpu", dtype=torch.float16),
+        pytest.raises(KernelRefusedError, match="dtype: takes .*, got float16"),
+    ):
+        attention(*operands(), kernel="toy/wide")  # not the bfloat16 choice: this kernel refuses float16
+
+
+def test_the_level_of_forward_mode_ad(ran):
+    query, key, value = operands()
+
+    def jvp():
+        torch.func.jvp(lambda x: attention(x, key, value), (query,), (query,))
+
+    assert chosen_after(ran, jvp) == "wide"
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [Causal("top-left"), TensorBias(torch.zeros(4, 4))],
+    ids=["Causal", "TensorBias"],
+)
+def test_that_there_is_a_bias(ran, bias):
+    plain = attention(*operands())
+    attention(*operands(), bias)
+    assert ran == ["narrow", "narrow"]
+    assert len({id(run) for run in current.get().values() if run.candidate.kernel.name == "toy/narrow"}) >= 2
+    assert plain.shape == SHAPE
+
+
+def test_the_kind_of_the_bias(ran):
+    causal = lambda: attention(*operands(), Causal("top-left"))  # noqa: E731
+    assert chosen_after(ran, lambda: attention(*operands(), KeyPadding([1, 4])), first=causal) == "wide"
+
+
+def test_the_corner_of_a_causal_bias(ran):
+    query, key, value = torch.randn(2, 4, 3, 8), torch.randn(2, 6, 3, 8), torch.randn(2, 6, 3, 8)
+    top_left = attention(query, key, value, Causal("top-left"))
+    bottom_right = attention(query, key, value, Causal("bottom-right"))
+    expected = reference_attention(query, key, value, Causal("bottom-right"))[0].float()
+    torch.testing.assert_close(bottom_right, expected)
+    assert not torch.allclose(top_left, bottom_right)
+
+
+def test_the_limits_of_a_window(ran):
+    results = [attention(*operands(), Window(left, 0)) for left in (1, 2)]
+    for left, result in zip((1, 2), results):
+        torch.testing.assert_close(result, reference_attention(*operands(), Window(left, 0))[0].float())
+    assert not torch.equal(*results)
+
+
+def test_lengths_that_a_bias_is_bound_to(ran):
+    attention(*operands(), Causal("top-left"))
+    with pytest.raises(InputError, match="was made for seqlen_q=9"):
+        attention(*operands(), Causal("top-left").bind(9, 9))
+
+
+def test_the_gradient_of_a_bias_that_is_held(ran):
+    table = torch.zeros(4, 4)
+    bias = TensorBias(table)
+
+    def trained():
+        table.requires_grad_()
+        attention(*operands(), bias)
+
+    assert chosen_after(ran, trained, first=lambda: attention(*operands(), bias)) == "wide"
+
+
+@pytest.mark.parametrize(
+    ("what", "tensor", "accepted"),
+    [
+        ("shape", torch.zeros(5, 4), False),
+        ("dtype", torch.zeros(4, 4, dtype=torch.float64), True),
+        ("device", torch.zeros(4, 4, device="meta"), False),
+        ("strides", torch.arange(16.0).reshape(4, 4).mT, True),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_tensor_bias_of_another(ran, what, tensor, accepted):
+    attention(*operands(), TensorBias(torch.zeros(4, 4)))
+    kept = len(current.get())
+    if accepted:
+        out = attention(*operands(), TensorBias(tensor))
+        torch.testing.assert_close(out, reference_attention(*operands(), tensor)[0].float())
+        assert len(current.get()) == kept + 1
+    else:
+        with pytest.raises(InputError, match="bias: "):
+            attention(*operands(), TensorBias(tensor))
+
+
+def test_scale(ran):
+    assert chosen_after(ran, lambda: attention(*operands(), scale=0.0)) == "wide"
+
+
+def test_a_scale_that_is_not_a_number_is_never_kept(ran):
+    attention(*operands())
+    for _ in range(2):
+        with pytest.raises(InputError, match="scale: must be finite, got nan"):
+            attention(*operands(), scale=float("nan"))
+
+
+def test_softcap(ran):
+    assert chosen_after(ran, lambda: attention(*operands(), softcap=2.0)) == "wide"
+
+
+def test_dropout(ran):
+    assert chosen_after(ran, lambda: attention(*operands(), dropout_p=0.5)) == "wide"
+
+
+def test_return_lse(ran):
+    assert chosen_after(ran, lambda: attention(*operands(), return_lse=True)) == "wide"
+
+
+def test_the_kernel_asked_for(ran):
+    assert chosen_after(ran, lambda: attention(*operands(), kernel="toy/wide")) == "wide"
+
+
+def test_the_layout_of_the_caller(ran):
+    square = (2, 3, 3, 8)  # heads and sequence alike: only the caller tells them apart
+    query, key, value = (torch.randn(square) for _ in range(3))
+    heads_last = attention(query, key, value, Causal())
+    heads_first = scaled_dot_product_attention(query, key, value, is_causal=True)
+    swapped = [x.transpose(1, 2) for x in (query, key, value)]
+    torch.testing.assert_close(heads_first, attention(*swapped, Causal()).transpose(1, 2))
+    assert not torch.allclose(heads_last, heads_first)
+
+
+def test_enable_gqa(ran):
+    query, key, value = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    with pytest.raises(InputError, match="enable_gqa=True"):
+        scaled_dot_product_attention(query, key, value)
+
+
+def test_the_scope(ran):
+    def preferred():
+        with prefer("toy/wide"):
+            attention(*operands())
+
+    assert chosen_after(ran, preferred) == "wide"
+    attention(*operands())
+    assert ran[-1] == "narrow"
+
+
+def test_tables_stay_within_their_bound(monkeypatch):
+    monkeypatch.setattr("attn_core.scope.TABLE_SIZE", 16)
+    with prefer("torch/math"):
+        for seqlen in range(1, 60):
+            attention(*(torch.randn(1, seqlen, 1, 4) for _ in range(3)))
+            assert len(current.get()) <= 16
