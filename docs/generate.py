@@ -1,0 +1,313 @@
+"""Writes into the documents what the code itself says: signatures, tables, printed results.
+
+    python docs/generate.py            rewrites README.md and docs/**/*.md in place
+    python docs/generate.py --check    changes nothing; names the documents that are out of step, exit code 1
+
+What is generated is marked in the documents:
+
+- a code block "python run" is run, all those of one page in one namespace;
+- a code block "text output" is what the block run before it printed;
+- a code block "python signature NAME" is the signature of that public name;
+- what lies between `<!-- generated: NAME -->` and `<!-- end -->` is the table of that name.
+
+The tests compare the documents with what this would write, but for seconds, and for the rows of kernels that depend on
+how torch was built.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import re
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import attn_core
+import click
+from attn_core import Backward, Capabilities, Cost, Kernel, hookspecs
+from attn_core.cli.declared import listed, remaining, sizes
+from attn_core.cli.group import BUILT_IN
+from attn_core.torch_kernels import attn_kernels
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+
+FENCE = re.compile(
+    r"^```(?P<language>\w+) (?P<what>run|output|signature)(?: (?P<name>[\w.]+))?\n(?P<body>.*?)^```$", re.M | re.S
+)
+REGION = re.compile(r"(?P<head><!-- generated: (?P<name>[\w ./-]+) -->\n).*?(?=^<!-- end -->$)", re.M | re.S)
+
+YES, NO = "yes", "·"
+
+
+def documents() -> list[Path]:
+    return [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+
+
+def written(text: str) -> str:
+    """`text` with everything generated anew. What its code blocks raise is raised."""
+    namespace: dict[str, Any] = {"__name__": "document"}
+    printed = ""
+
+    def fill(match: re.Match[str]) -> str:
+        nonlocal printed
+        head = f"```{match['language']} {match['what']}" + (f" {match['name']}" if match["name"] else "")
+        if match["what"] == "run":
+            out = io.StringIO()
+            with redirect_stdout(out):
+                exec(compile(match["body"], "<document>", "exec", dont_inherit=True), namespace)
+            printed = "".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines())
+            return match[0]
+        body = printed if match["what"] == "output" else signature(match["name"])
+        return f"{head}\n{body}```"
+
+    text = FENCE.sub(fill, text)
+    return REGION.sub(lambda match: match["head"] + table(match["name"]), text)
+
+
+# Signatures
+
+
+def signature(name: str) -> str:
+    """The signature of a public name, or "Class.method", as it is written in a source file."""
+    owner, _, method = name.partition(".")
+    target: Any = hookspecs if owner == "attn_kernels" else attn_core
+    target = getattr(getattr(target, owner), method) if method else getattr(target, owner)
+    signed = inspect.signature(target)
+    parameters = [p for p in signed.parameters.values() if p.name != "self"]
+    texts, star = [], False
+    for parameter in parameters:
+        if parameter.kind is parameter.KEYWORD_ONLY and not star:
+            texts.append("*")
+            star = True
+        prefix = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        star = star or prefix == "*"
+        default = "" if parameter.default is parameter.empty else f" = {shown(parameter.default)}"
+        texts.append(f"{prefix}{parameter.name}: {annotation(parameter.annotation)}{default}")
+    gives = (
+        ""
+        if signed.return_annotation in (signed.empty, None, "None")
+        else f" -> {annotation(signed.return_annotation)}"
+    )
+    line = f"{name}({', '.join(texts)}){gives}"
+    if len(line) <= 100:
+        return f"{line}\n"
+    return "\n".join([f"{name}(", *(f"    {text}," for text in texts), f"){gives}"]) + "\n"
+
+
+def annotation(given: Any) -> str:
+    return given if isinstance(given, str) else getattr(given, "__name__", str(given))
+
+
+def shown(value: Any) -> str:
+    """A default value, in words."""
+    if value == attn_core.ANY_DIM:
+        return "ANY_DIM"
+    return repr(value)
+
+
+# Tables
+
+
+def table(name: str) -> str:
+    kind, _, argument = name.partition(" ")
+    rows = TABLES[kind](*([argument] if argument else []))
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+
+
+def kernels() -> list[Kernel]:
+    return sorted(attn_kernels(), key=lambda kernel: kernel.name)
+
+
+def kernels_in_short() -> list[list[str]]:
+    """One row per kernel of the built-in plugin and group of devices."""
+    rows = [["kernel", "device", "dtypes", "biases", "also", "gradients"]]
+    columns = ("devices", "dtypes", "biases", "backward", "head_dims", "head_dims_v", "compile", "empty_lengths")
+    columns += ("strided_head_dim", "deterministic", "forward_ad", "min_compute_capability", "numerics")
+    for kernel in kernels():
+        for declared in kernel.declarations:
+            also = [
+                word.replace("return_lse", "LSE").upper().replace("SOFTCAP", "softcap")
+                for word in remaining(declared, columns)
+            ]
+            also = [word.replace("DROPOUT", "dropout") for word in also]
+            backward = declared.backward
+            gradients = "no"
+            if isinstance(backward, Backward):
+                gradients = ", ".join(
+                    ["q, k, v", *(["bias"] if backward.bias_grad else []), *(["LSE"] if backward.lse_grad else [])]
+                )
+            name = "any" if "*" in declared.devices else listed(declared.devices)
+            kinds = listed(declared.biases).replace("AttnBias", "any bias").replace(", KeyPadding", "")
+            rows.append(
+                [f"`{kernel.name}`", name, listed(declared.dtypes), kinds or "none", ", ".join(also) or NO, gradients]
+            )
+    return rows
+
+
+def kernels_on(device: str) -> list[list[str]]:
+    """Fields by kernels, for one type of device."""
+    found = [
+        (kernel, declared)
+        for kernel in kernels()
+        for declared in kernel.declarations
+        if device in declared.devices or "*" in declared.devices
+    ]
+    rows = [["", *(f"`{kernel.name}`" for kernel, _ in found)]]
+    for field in fields(Capabilities):
+        if field.name not in ("devices", "backward"):
+            rows.append(
+                [f"`{field.name}`", *(cell(field.name, getattr(declared, field.name)) for _, declared in found)]
+            )
+    rows.append(["`backward`", *(cell("backward", declared.backward is not None) for _, declared in found)])
+    for field in fields(Backward):
+        row = [getattr(declared.backward, field.name) if declared.backward else False for _, declared in found]
+        cells = ["as forward" if v is None and "min" not in field.name else cell(field.name, v) for v in row]
+        rows.append([f"`backward.{field.name}`", *cells])
+    rows.append(["`layout`", *(kernel.layout for kernel, _ in found)])
+    rows.append(["`refuse` (see below)", *(cell("", kernel.refuse is not None) for kernel, _ in found)])
+    rows.append(["`skips`", *(listed(kernel.skips) or NO for kernel, _ in found)])
+    for field in fields(Cost):
+        costs = (getattr(kernel.cost(device), field.name) for kernel, _ in found)
+        rows.append([f"`cost.{field.name}`", *(cost if isinstance(cost, str) else f"{cost:g}" for cost in costs)])
+    return rows
+
+
+def cell(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return YES if value else NO
+    if value is None:
+        return "equal" if name == "head_dims_v" else NO
+    if name.startswith("head_dims"):
+        return sizes(value)
+    if name.endswith("compute_capability"):
+        return f"sm_{value[0]}{value[1]}"
+    return value if isinstance(value, str) else listed(value) or NO
+
+
+def fields_of(name: str) -> list[list[str]]:
+    """Fields of a record with their types and defaults; meanings are read from the comments beside the fields."""
+    cls = getattr(attn_core, name)
+    meanings = comments(cls)
+    rows = [["field", "type", "default", "meaning"]]
+    for field in fields(cls):
+        default = "required" if field.default is MISSING and field.default_factory is MISSING else ""
+        if not default:
+            default = f"`{field.default_factory() if field.default is MISSING else shown(field.default)!s}`"
+        if field.default is not MISSING and field.default == "":
+            default = '`""`'
+        rows.append([f"`{field.name}`", f"`{field.type}`", default, meanings[field.name]])
+    return rows
+
+
+#: What the source leaves to be understood.
+MEANINGS = {
+    "Problem.batch": "batch entries; 0 is legal",
+    "Problem.seqlen_q": "queries; 0 is legal",
+    "Problem.seqlen_kv": "keys; 0 is legal",
+    "Problem.num_heads": "of query",
+    "Problem.num_kv_heads": "of key and value; divides `num_heads`",
+    "Problem.head_dim": "last dimension of query and key",
+    "Problem.head_dim_v": "last dimension of value, and of the result",
+    "Problem.dtype": "of query, key and value; under autocast, the one that they are cast to",
+    "Problem.softcap": "None: none",
+    "Problem.dropout_p": "in [0, 1)",
+    "Problem.return_lse": "the LSE is asked for, too",
+    "Problem.bias_requires_grad": "a gradient to the bias is needed",
+    "Backward.dtypes": "that the backward takes",
+    "Backward.head_dims": "that the backward takes",
+    "Backward.biases": "that the backward takes",
+    "Backward.deterministic": "two runs of the backward are bit-equal",
+    "Backward.min_compute_capability": "of CUDA devices, inclusive; None: as the forward",
+    "Refusal.field": "the field that it concerns, as in the table of refusals",
+    "Refusal.message": "what is accepted, and what was asked",
+    "Unusable.state": "see [states.md](states.md)",
+    "Unusable.reason": "one line",
+    "Unusable.fix": "what to type",
+    "Plugin.name": "the name of its entry point",
+    "Plugin.state": '"ready", "broken" or "unavailable"',
+    "Plugin.reason": "of another state than ready",
+    "Plugin.fix": "what to type",
+    "Plugin.distribution": "that it belongs to",
+    "Plugin.version": "of the distribution",
+    "Plugin.entry_point": "its value",
+    "Plugin.kernels": "names of what it offers",
+    "Verdict.kernel": "its name",
+    "Verdict.state": '"chosen", "ready" (takes it; another was better), or a state of [states.md](states.md)',
+    "Verdict.reasons": "why it does not take the problem, or that it failed before; a line each",
+    "Verdict.refused_fields": "the fields of the refusals among them",
+    "Verdict.adaptations": "rewrites that it needs, in order",
+    "Verdict.fix": "what to type, where the kernel's probe knows it",
+    "Explanation.problem": "what was asked",
+    "Explanation.prefer": "patterns in force",
+    "Explanation.notes": "what to know of the estimates and the device",
+    "Row.kernel": 'its name, "torch (stock)" for a call handed to torch unchanged, or "(others)"',
+    "Row.problem": "what was asked; None for a stock call, a traced choice and the sum of others",
+    "Row.adaptations": "rewrites that the kernel needs",
+    "Row.compiled": "a choice made while a graph was traced, not a call",
+    "Row.calls": "so far; None for a traced choice",
+    "Row.seconds": "wall time around the kernel, in all (on CUDA, that of the launches); None for a traced choice",
+}
+
+
+def comments(cls: type) -> dict[str, str]:
+    """Field -> meaning: from a `#:` comment in the class, else from the "Args:" of its docstring."""
+    found = dict(re.findall(r"^ {4}(\w+): [^\n]*?#: ?([^\n]*)$", inspect.getsource(cls), re.M))
+    arguments = (inspect.getdoc(cls) or "").partition("Args:\n")[2].partition("\n\n")[0]
+    for names, text in re.findall(r"^ {4}([\w, ]+): (.*?)(?=^ {4}\w|\Z)", arguments, re.M | re.S):
+        for each in names.split(", "):
+            found.setdefault(each, " ".join(text.split()))
+    return {field.name: found.get(field.name) or MEANINGS[f"{cls.__name__}.{field.name}"] for field in fields(cls)}
+
+
+def options_of(command: str) -> list[list[str]]:
+    """Options of a command of the command line."""
+    module, _, attribute = BUILT_IN[command].partition(":")
+    found: click.Command = getattr(__import__(module, fromlist=[attribute]), attribute)
+    rows = [["option", "meaning"]]
+    for option in found.params:
+        if isinstance(option, click.Argument):
+            rows.append([f"`{(option.name or '').upper()}`", f"optional; default `{option.default}`"])
+        elif isinstance(option, click.Option):
+            values = ""
+            if not option.is_flag:
+                choices = getattr(option.type, "choices", None) if option.metavar is None else None
+                values = " " + (option.metavar or ("|".join(choices) if choices else option.type.name.upper()))
+            default = f" Default: {option.default}." if option.show_default else ""
+            rows.append([f"`{option.opts[0]}{values}`", f"{option.help or ''}{default}".strip()])
+    return rows
+
+
+TABLES: dict[str, Callable[..., list[list[str]]]] = {
+    "kernels-in-short": kernels_in_short,
+    "kernels-on": kernels_on,
+    "fields-of": fields_of,
+    "options-of": options_of,
+}
+
+
+def main(arguments: list[str]) -> int:
+    stale = []
+    for path in documents():
+        attn_core.refresh()  # what another document registered is gone
+        before = path.read_text(encoding="utf-8")
+        try:
+            after = written(before)
+        except Exception as error:
+            raise SystemExit(f"{path.relative_to(ROOT)}: {type(error).__name__}: {error}") from error
+        if after != before:
+            stale.append(str(path.relative_to(ROOT)))
+            if "--check" not in arguments:
+                path.write_text(after, encoding="utf-8")
+    sys.stdout.write("".join(f"{name}\n" for name in stale))
+    return 1 if stale and "--check" in arguments else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
