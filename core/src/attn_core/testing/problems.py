@@ -77,7 +77,7 @@ def build(
     query, key, value = (x.to(p.device).detach().requires_grad_(p.requires_grad) for x in (query, key, value))
 
     if bias is None and p.bias is not None:
-        bias = _filled(p.bias, generator, empty_rows)
+        bias = _filled(p.bias.bind(p.seqlen_q, p.seqlen_kv), generator, empty_rows)
     options: dict[str, Any] = {"scale": p.scale}
     if p.softcap is not None:
         options["softcap"] = p.softcap

@@ -1,0 +1,507 @@
+"""What torch's kernels declare is what their ops do: every refusal is shown to be needed, or has a written reason."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from attn_core import (
+    Causal,
+    KeyPadding,
+    Problem,
+    TensorBias,
+    Window,
+    attention,
+    explain,
+    explain_problem,
+    kernel,
+)
+from attn_core.testing.differences import by_kernel, differences
+from attn_core.testing.problems import build
+from attn_core.torch_kernels import cudnn, efficient, flash
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+flash_op = torch._scaled_dot_product_flash_attention_for_cpu
+math_op = torch._scaled_dot_product_attention_math
+ON_CPU = ("torch/flash", "torch/math", "torch/flex", "torch/reference")
+BASE = Problem(
+    batch=2,
+    seqlen_q=5,
+    seqlen_kv=7,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=8,
+    head_dim_v=8,
+    dtype=torch.float32,
+    device="cpu",
+    scale=0.3,
+)
+
+
+def flex_op(*operands, **options):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention(*operands, **options)
+
+
+def heads_first(*, seqlen_q=5, seqlen_kv=7, head_dim_v=8, dtype=torch.float32, requires_grad=False):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 4, seqlen_q, 8), (2, 4, seqlen_kv, 8), (2, 4, seqlen_kv, head_dim_v))
+    return [torch.randn(s, generator=generator).to(dtype).requires_grad_(requires_grad) for s in shapes]
+
+
+# A refusal is a claim that the op cannot do it. Each is either shown (the op raises, answers wrongly, or takes the
+# process down with it) or has a sentence why the declaration is narrower than the op.
+
+
+def raises(call: Callable[[], object]) -> Callable[[], bool]:
+    def shown() -> bool:
+        try:
+            call()
+        except (RuntimeError, NotImplementedError, IndexError, ValueError):
+            return True
+        return False
+
+    return shown
+
+
+def lacks(op: Callable[..., object], word: str) -> Callable[[], bool]:
+    """The op has no such argument."""
+    schema = str(getattr(torch.ops.aten, op.__name__).default._schema) if op is not flex_op else ""
+    if not schema:
+        import inspect
+
+        from torch.nn.attention.flex_attention import flex_attention
+
+        schema = str(inspect.signature(flex_attention))
+    return lambda: word not in schema
+
+
+def kills_the_process(seqlen_q: int, seqlen_kv: int) -> Callable[[], bool]:
+    code = (
+        "import torch\n"
+        f"q, k = torch.zeros(1, 1, {seqlen_q}, 8), torch.zeros(1, 1, {seqlen_kv}, 8)\n"
+        "torch._scaled_dot_product_flash_attention_for_cpu(q, k, k)\n"
+    )
+    return lambda: subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120).returncode < 0
+
+
+def strided_is_misread() -> bool:
+    query, key, value = heads_first()
+    strided = torch.stack([key, torch.zeros_like(key)], -1)[..., 0]
+    return not torch.allclose(flash_op(query, strided, value)[0], flash_op(query, key, value)[0], atol=1e-2)
+
+
+def bottom_right_is_not_what_the_op_does() -> bool:
+    query, key, value = heads_first()
+    keep = Causal("bottom-right").bind(5, 7).materialize()
+    right = math_op(query, key, value, torch.zeros(5, 7).masked_fill(~keep, -torch.inf))[0]
+    return not torch.allclose(flash_op(query, key, value, 0.0, True)[0], right, atol=1e-2)
+
+
+def scale_zero_with_causal_is_nan() -> bool:
+    return bool(flash_op(*heads_first(), 0.0, True, scale=0.0)[0].isnan().any())
+
+
+def the_lse_has_no_gradient() -> bool:
+    out, lse = flash_op(*heads_first(requires_grad=True))
+    return out.requires_grad and not lse.requires_grad
+
+
+def the_second_result_is_not_the_lse() -> bool:
+    return math_op(*heads_first())[1].shape == (2, 4, 5, 7)
+
+
+def padding_leaks() -> bool:
+    query, key, value = heads_first()
+    value[:, :, 5:] = torch.nan
+    keep = torch.arange(7) < 5
+    masked = torch.zeros(1, 7).masked_fill(~keep, -torch.inf).expand(5, 7)
+    ops = (lambda: math_op(query, key, value, masked)[0], lambda: flash_op(query, key, value, attn_mask=masked)[0])
+    flex = flex_op(query, key, value, score_mod=lambda score, b, h, q, k: torch.where(k < 5, score, -torch.inf))
+    return all(op().isnan().any() for op in ops) and bool(flex.isnan().any())
+
+
+def jvp_through(op: Callable[..., torch.Tensor]) -> Callable[[], object]:
+    query, key, value = heads_first()
+    return lambda: torch.func.jvp(lambda x: op(x, key, value), (query,), (query,))
+
+
+FLASH, MATH, FLEX = "torch/flash", "torch/math", "torch/flex"
+EVIDENCE: dict[tuple[str, str], Callable[[], bool] | str] = {
+    (FLASH, "head_dim_v"): raises(lambda: flash_op(*heads_first(head_dim_v=4))),
+    (FLASH, "bias: Causal"): bottom_right_is_not_what_the_op_does,
+    (FLASH, "bias: Causal, scale 0"): scale_zero_with_causal_is_nan,
+    (FLASH, "bias: Window"): lacks(flash_op, "window"),
+    (FLASH, "bias: KeyPadding"): padding_leaks,
+    (FLASH, "softcap"): lacks(flash_op, "softcap"),
+    (FLASH, "dropout_p"): raises(lambda: flash_op(*heads_first(), 0.5)),
+    (FLASH, "forward_ad"): raises(jvp_through(lambda *x: flash_op(*x)[0])),
+    (FLASH, "strided_head_dim"): strided_is_misread,
+    (FLASH, "empty_lengths: seqlen_q"): kills_the_process(0, 3),
+    (FLASH, "empty_lengths: seqlen_kv"): kills_the_process(3, 0),
+    (FLASH, "empty_lengths: batch"): "one field says all three, and an empty length kills the process",
+    (FLASH, "bias_grad"): raises(
+        lambda: flash_op(*heads_first(), attn_mask=torch.zeros(1, 1, 5, 7, requires_grad=True))
+    ),
+    (FLASH, "lse_grad"): the_lse_has_no_gradient,
+    (MATH, "bias: Causal"): bottom_right_is_not_what_the_op_does,
+    (MATH, "bias: Window"): lacks(math_op, "window"),
+    (MATH, "bias: KeyPadding"): padding_leaks,
+    (MATH, "softcap"): lacks(math_op, "softcap"),
+    (MATH, "return_lse"): the_second_result_is_not_the_lse,
+    (MATH, "lse_grad"): the_second_result_is_not_the_lse,
+    (FLEX, "dtype"): "eager FlexAttention takes float64 on the CPU, the compiled one raises for it",
+    (FLEX, "bias: KeyPadding"): padding_leaks,
+    (FLEX, "dropout_p"): lacks(flex_op, "dropout"),
+    (FLEX, "forward_ad"): raises(jvp_through(flex_op)),
+    (FLEX, "empty_lengths: seqlen_q"): "one field says all three, and no keys raise",
+    (FLEX, "empty_lengths: seqlen_kv"): raises(lambda: flex_op(*heads_first(seqlen_kv=0))),
+    (FLEX, "empty_lengths: batch"): "one field says all three, and no keys raise",
+    (FLEX, "backward"): raises(lambda: flex_op(*heads_first(requires_grad=True))),
+}
+
+
+def asked_one_by_one() -> dict[str, Problem]:
+    """Problems that each ask one thing more than the plainest."""
+    mask = torch.empty(5, 7, dtype=torch.bool, device="meta")
+    table = torch.empty(5, 7, device="meta", requires_grad=True)
+    changes = {
+        "dtype": {"dtype": torch.float64},
+        "half": {"dtype": torch.bfloat16},
+        "float16": {"dtype": torch.float16},
+        "head_dim": {"head_dim": 257, "head_dim_v": 257},
+        "head_dim 1": {"head_dim": 1, "head_dim_v": 1},
+        "head_dim_v": {"head_dim_v": 4},
+        "num_kv_heads": {"num_kv_heads": 2},
+        "bias: Causal": {"bias": Causal("bottom-right").bind(5, 7)},
+        "top-left": {"bias": Causal("top-left").bind(5, 7)},
+        "bias: Causal, scale 0": {"bias": Causal("top-left").bind(5, 7), "scale": 0.0},
+        "bias: Window": {"bias": Window(1, 1, "top-left").bind(5, 7)},
+        "bias: KeyPadding": {"bias": KeyPadding(torch.empty(2, dtype=torch.int64, device="meta")).bind(5, 7)},
+        "bias: TensorBias": {"bias": TensorBias(mask).bind(5, 7)},
+        "bias_grad": {"bias": TensorBias(table).bind(5, 7), "bias_requires_grad": True},
+        "softcap": {"softcap": 2.0},
+        "dropout_p": {"dropout_p": 0.1},
+        "return_lse": {"return_lse": True},
+        "lse_grad": {"return_lse": True, "requires_grad": True},
+        "backward": {"requires_grad": True},
+        "deterministic": {"deterministic": True},
+        "deterministic backward": {"deterministic": True, "requires_grad": True},
+        "forward_ad": {"forward_ad": True},
+        "compiling": {"compiling": True},
+        "strided_head_dim": {"strided_head_dim": True},
+        "empty_lengths: batch": {"batch": 0},
+        "empty_lengths: seqlen_q": {"seqlen_q": 0},
+        "empty_lengths: seqlen_kv": {"seqlen_kv": 0},
+    }
+    return {name: replace(BASE, **change) for name, change in changes.items()}
+
+
+def refused() -> set[tuple[str, str]]:
+    """(kernel, what was asked) of every refusal of a kernel as it is, without adaptations."""
+    found = set()
+    for name in ON_CPU:
+        for what, problem in asked_one_by_one().items():
+            for refusal in kernel(name).refusals(problem):
+                asked = what if what.partition(":")[0] == refusal.field else refusal.field
+                found.add((name, asked))
+    return found
+
+
+def test_every_refusal_of_a_torch_kernel_has_its_evidence_and_no_evidence_is_left_over():
+    assert refused() == set(EVIDENCE)
+
+
+@pytest.mark.parametrize("claim", EVIDENCE, ids=lambda claim: f"{claim[0]}-{claim[1]}")
+def test_the_op_cannot_do_what_its_kernel_refuses(claim):
+    evidence = EVIDENCE[claim]
+    if isinstance(evidence, str):
+        assert len(evidence.split()) > 5, "a reason is a sentence"
+    else:
+        assert evidence()
+
+
+def test_compiled_flex_refuses_float64_on_the_cpu():
+    """The written reason for (torch/flex, dtype), read where torch decides it."""
+    import inspect
+
+    from torch._inductor.kernel.flex import flex_cpu
+
+    assert "[torch.float, torch.bfloat16, torch.float16]" in inspect.getsource(flex_cpu)
+
+
+def test_the_reference_takes_every_problem():
+    assert all(not kernel("torch/reference").refusals(problem) for problem in asked_one_by_one().values())
+
+
+# What is accepted is right: the corners where the bare ops are not
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("scale", [0.0, -0.5], ids=["scale 0", "negative scale"])
+@pytest.mark.parametrize("bias", [None, Causal("top-left").bind(5, 7)], ids=["no bias", "causal"])
+def test_a_scale_of_zero_or_below_is_honoured(name, scale, bias):
+    problem = replace(BASE, scale=scale, bias=bias, requires_grad=name != "torch/flex")
+    (results,) = differences(problem, build(problem, seed=1), by_kernel(name))
+    assert all(results), "\n".join(map(str, results))
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_boolean_tensor_masks_and_is_not_added(name, dtype):
+    problem = replace(BASE, dtype=dtype, bias=TensorBias(torch.empty(2, 1, 5, 7, dtype=torch.bool, device="meta")))
+    inputs = build(problem, seed=2, empty_rows=True)
+    (results,) = differences(problem, inputs, by_kernel(name))
+    assert all(results), "\n".join(map(str, results))
+
+
+def broadcasts() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    wide = torch.randn(2, 4, 14, 14, generator=generator)
+    return {
+        "transposed": wide[..., :7, :5].mT,
+        "every second key": wide[..., :5, ::2],
+        "a slice": wide[..., 3:8, 2:9],
+        "expanded over heads": wide[:, :1, :5, :7].expand(2, 4, 5, 7),
+        "one number per query": wide[:, :, :5, :1],
+        "one number per key": wide[:, :, :1, :7],
+        "one number": wide[0, 0, 0, 0],
+        "per head": wide[0, :, :1, :1],
+    }
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("shape", broadcasts())
+def test_a_dense_bias_of_any_strides_and_broadcast_is_read_right(name, shape):
+    bias = TensorBias(broadcasts()[shape]).bind(5, 7)
+    problem = replace(BASE, bias=bias.without_data(), requires_grad=name != "torch/flex")
+    (results,) = differences(problem, build(problem, seed=3, bias=bias), by_kernel(name))
+    assert all(results), "\n".join(map(str, results))
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=lambda dtype: f"mask {dtype}")
+def test_finfo_min_is_a_number_and_not_a_mask_whatever_the_dtypes(name, dtype, wide):
+    """A row of it is uniform: an average of the values, where -inf would give 0."""
+    problem = replace(BASE, dtype=dtype, scale=0.0)
+    inputs = build(problem, seed=4)
+    tensor = torch.full((5, 7), torch.finfo(wide).min, dtype=wide)
+    out = attention(inputs.query, inputs.key, inputs.value, tensor, scale=0.0, kernel=name)
+    mean = inputs.value.double().mean(1, keepdim=True).expand_as(out)
+    torch.testing.assert_close(out.double(), mean, rtol=0.0, atol=4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_the_gradient_of_a_sum_is_right(name):
+    """`out.sum().backward()` feeds back one number expanded over everything: strides of 0."""
+    if name == "torch/flex":
+        pytest.skip("torch/flex, on the CPU: it has no backward")
+    problem = replace(BASE, requires_grad=True)
+    inputs = build(problem, seed=5)
+    inputs = replace(inputs, grad_out=torch.ones(1).expand_as(inputs.grad_out))
+    (results,) = differences(problem, inputs, by_kernel(name))
+    assert all(results), "\n".join(map(str, results))
+
+
+@pytest.mark.parametrize("name", ["torch/math", "torch/reference"])
+def test_a_backward_that_is_declared_double_is_differentiable_twice(name):
+    assert kernel(name).declaration(BASE).backward.double
+    problem = replace(BASE, dtype=torch.float64, requires_grad=True, seqlen_q=2, seqlen_kv=3, num_kv_heads=2)
+    inputs = build(replace(problem, head_dim=2, head_dim_v=2), seed=6)
+
+    def call(*operands):
+        return attention(*operands, Causal("bottom-right"), kernel=name)
+
+    assert torch.autograd.gradgradcheck(call, (inputs.query, inputs.key, inputs.value))
+
+
+def test_flash_is_not_declared_differentiable_twice_and_is_not():
+    assert not kernel("torch/flash").declaration(BASE).backward.double
+    query, key, value = heads_first(requires_grad=True)
+    (gradient,) = torch.autograd.grad(flash_op(query, key, value)[0].sum(), query, create_graph=True)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.autograd.grad(gradient.sum(), query)
+
+
+@pytest.mark.parametrize("name", ["torch/math", "torch/reference"])
+def test_forward_mode_derivatives_equal_those_of_the_reference(name):
+    from attn_core import reference_attention
+
+    problem = replace(BASE, dtype=torch.float64, num_kv_heads=2)
+    x = build(problem, seed=7)
+    primals, tangents = (x.query, x.key, x.value), (x.query.cos(), x.key.sin(), x.value.cos())
+    bias = Causal("bottom-right")
+    _, got = torch.func.jvp(lambda *y: attention(*y, bias, kernel=name), primals, tangents)
+    _, wanted = torch.func.jvp(lambda *y: reference_attention(*y, bias)[0], primals, tangents)
+    torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_two_runs_of_a_deterministic_kernel_are_bit_equal(name):
+    problem = replace(BASE, requires_grad=name != "torch/flex", seqlen_q=65, seqlen_kv=130, num_kv_heads=2)
+    assert kernel(name).declaration(problem).deterministic
+    inputs = build(problem, seed=8)
+
+    def all_results():
+        out = by_kernel(name)(inputs)
+        operands = (inputs.query, inputs.key, inputs.value)
+        return (out, *(torch.autograd.grad(out, operands, inputs.grad_out) if problem.requires_grad else ()))
+
+    assert all(torch.equal(one, two) for one, two in zip(all_results(), all_results()))
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_operands_are_left_as_they_were(name):
+    problem = replace(BASE, bias=KeyPadding(torch.empty(2, dtype=torch.int64, device="meta")).bind(5, 7))
+    inputs = build(problem, seed=9)
+    before = [x.clone() for x in (inputs.query, inputs.key, inputs.value)]
+    by_kernel(name)(inputs)
+    assert all(torch.equal(x, y) for x, y in zip(before, (inputs.query, inputs.key, inputs.value)))
+
+
+# CUDA, as far as a machine without one can tell: shapes by the ops' own meta functions, limits by declaration
+
+
+@pytest.mark.parametrize("return_lse", [False, True], ids=["out", "out and lse"])
+@pytest.mark.parametrize("num_kv_heads", [4, 2], ids=["equal heads", "gqa"])
+def test_flash_on_cuda_returns_the_declared_shapes(return_lse, num_kv_heads):
+    with FakeTensorMode(), torch.no_grad():
+        query = torch.empty(2, 4, 5, 64, dtype=torch.bfloat16, device="cuda")
+        key, value = (torch.empty(2, num_kv_heads, 7, 64, dtype=torch.bfloat16, device="cuda") for _ in "kv")
+        bias = Causal("bottom-right").bind(5, 7)
+        result = flash.run(query, key, value, bias=bias, scale=0.1, dropout_p=0.1, return_lse=return_lse)
+        out, lse = result if return_lse else (result, None)
+    assert (out.shape, out.dtype, out.device.type) == (query.shape, torch.bfloat16, "cuda")
+    if return_lse:
+        assert (lse.shape, lse.dtype) == ((2, 4, 5), torch.float32)
+
+
+@pytest.mark.parametrize("bias", ["none", "causal", "boolean", "floating", "per key"])
+@pytest.mark.parametrize("head_dim_v", [64, 32])
+def test_efficient_returns_the_declared_shapes(bias, head_dim_v):
+    query, key = (torch.empty(2, 4, n, 64, dtype=torch.float16, device="meta") for n in (5, 7))
+    value = torch.empty(2, 4, 7, head_dim_v, dtype=torch.float16, device="meta")
+    tensors = {
+        "boolean": torch.empty(1, 1, 5, 7, dtype=torch.bool, device="meta"),
+        "floating": torch.empty(2, 4, 5, 7, device="meta"),
+        "per key": torch.empty(2, 1, 1, 7, dtype=torch.float16, device="meta"),
+    }
+    given = TensorBias(tensors[bias]).bind(5, 7) if bias in tensors else None
+    given = Causal("top-left").bind(5, 7) if bias == "causal" else given
+    out = efficient.run(query, key, value, bias=given, scale=0.1)
+    assert (out.shape, out.dtype) == ((2, 4, 5, head_dim_v), torch.float16)
+
+
+@pytest.mark.parametrize("seqlen_kv", [1, 7, 16, 33])
+def test_a_bias_for_efficient_has_aligned_rows_and_the_same_numbers(seqlen_kv):
+    query, key = torch.empty(2, 4, 5, 8), torch.empty(2, 4, seqlen_kv, 8)
+    for shape in ((2, 4, 5, seqlen_kv), (1, 1, 5, 1), (1, 4, 1, seqlen_kv), (2, 1, 5, seqlen_kv)):
+        bias = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        got = efficient.aligned(bias, query, key)
+        assert torch.equal(got, bias.expand(2, 4, 5, seqlen_kv))
+        assert got.stride(-1) == 1
+        for size, stride in zip(got.shape[:-1], got.stride()[:-1]):
+            assert size == 1 or stride % efficient.ALIGNED == 0, got.stride()
+
+
+def test_cudnn_returns_the_declared_shapes():
+    query, key = (torch.empty(2, 4, 8, 64, dtype=torch.bfloat16, device="meta") for _ in "qk")
+    out = cudnn.run(query, key, key, bias=Causal("top-left").bind(8, 8), scale=0.1)
+    assert (out.shape, out.dtype) == (query.shape, torch.bfloat16)
+
+
+HOPPER = replace(BASE, device="cuda", compute_capability=(9, 0), dtype=torch.bfloat16, head_dim=64, head_dim_v=64)
+DENSE = TensorBias(torch.empty(5, 7, device="meta")).bind(5, 7)
+TRAINED = TensorBias(torch.empty(5, 7, device="meta", requires_grad=True)).bind(5, 7)
+CUDA_REFUSALS = {
+    "flash masks at the bottom right, not the top left": (
+        "torch/flash",
+        {"bias": Causal("top-left").bind(5, 7)},
+        "bias",
+    ),
+    "flash takes half precision only": ("torch/flash", {"dtype": torch.float32}, "dtype"),
+    "flash takes up to 256": ("torch/flash", {"head_dim": 264, "head_dim_v": 264}, "head_dim"),
+    "flash takes one head_dim": ("torch/flash", {"head_dim_v": 128}, "head_dim_v"),
+    "flash takes no dense bias": (
+        "torch/flash",
+        {"bias": DENSE},
+        "bias",
+    ),
+    "flash needs Ampere": ("torch/flash", {"compute_capability": (7, 5)}, "compute_capability"),
+    "flash's backward is not deterministic": (
+        "torch/flash",
+        {"requires_grad": True, "deterministic": True},
+        "backward.deterministic",
+    ),
+    "flash has no gradient through the LSE": ("torch/flash", {"requires_grad": True, "return_lse": True}, "lse_grad"),
+    "flash lacks a backward between 192 and 224 on consumer cards": (
+        "torch/flash",
+        {"requires_grad": True, "head_dim": 200, "head_dim_v": 200, "compute_capability": (8, 9)},
+        "backward.head_dims",
+    ),
+    "flash masks before it scales": ("torch/flash", {"scale": 0.0}, "scale"),
+    "efficient masks at the top left": ("torch/efficient", {"bias": Causal("bottom-right").bind(5, 7)}, "bias"),
+    "efficient is not asked for grouped heads": ("torch/efficient", {"num_kv_heads": 2}, "num_kv_heads"),
+    "efficient is not asked for its padded LSE": (
+        "torch/efficient",
+        {"return_lse": True},
+        "return_lse",
+    ),
+    "efficient takes multiples of 8": ("torch/efficient", {"head_dim": 60, "head_dim_v": 60}, "head_dim"),
+    "efficient takes no float64": ("torch/efficient", {"dtype": torch.float64}, "dtype"),
+    "efficient has no backward under determinism": (
+        "torch/efficient",
+        {"requires_grad": True, "deterministic": True},
+        "backward.deterministic",
+    ),
+    "cudnn takes up to 128": ("torch/cudnn", {"head_dim": 192, "head_dim_v": 192}, "head_dim"),
+    "cudnn needs 2 keys": ("torch/cudnn", {"seqlen_kv": 1}, "seqlen_kv"),
+    "cudnn takes no dense bias": (
+        "torch/cudnn",
+        {"bias": DENSE},
+        "bias",
+    ),
+    "cudnn is not deterministic": ("torch/cudnn", {"deterministic": True}, "deterministic"),
+    "cudnn takes no dropout": ("torch/cudnn", {"dropout_p": 0.1}, "dropout_p"),
+    "cudnn takes causal on equal lengths": ("torch/cudnn", {"bias": Causal("top-left").bind(5, 7)}, "bias"),
+    "flex takes no dropout": ("torch/flex", {"dropout_p": 0.1}, "dropout_p"),
+    "flex takes powers of two": ("torch/flex", {"head_dim": 72, "head_dim_v": 72}, "head_dim"),
+    "flex gives no gradient to a bias": (
+        "torch/flex",
+        {
+            "bias": TensorBias(torch.empty(5, 7, device="meta", requires_grad=True)).bind(5, 7),
+            "bias_requires_grad": True,
+        },
+        "bias_grad",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CUDA_REFUSALS)
+def test_a_limit_on_cuda_is_declared(what):
+    name, change, field = CUDA_REFUSALS[what]
+    refusals = kernel(name).refusals(replace(HOPPER, **change))
+    assert field in [refusal.field for refusal in refusals], refusals
+    assert field not in [refusal.field for refusal in kernel(name).refusals(HOPPER)]
+
+
+def test_explain_says_on_cuda_what_would_run_and_why_not_the_others():
+    told = explain_problem(replace(HOPPER, bias=Causal("bottom-right").bind(5, 7), requires_grad=True))
+    assert told.chosen == "torch/flash"
+    assert told["torch/math"].adaptations == ("materialize",)
+    unknown = explain_problem(replace(HOPPER, compute_capability=None))
+    assert unknown["torch/flash"].state == "refused"
+    assert "compute_capability" in unknown["torch/flash"].refused_fields
+    assert any("compute capability unknown" in note for note in unknown.notes)
+
+
+def test_explain_agrees_with_what_runs_on_meta_tensors():
+    query = torch.empty(2, 5, 4, 8, device="meta")
+    assert explain(query, query, query).chosen == "torch/math"
+    assert attention(query, query, query).shape == (2, 5, 4, 8)
