@@ -173,11 +173,14 @@ def _verdict(candidate: Candidate, *, first: bool) -> Verdict:
     state: str = candidate.state
     if candidate.takes and first:
         state = "chosen"
+    reasons = candidate.reasons()
+    if candidate.reason and candidate.state == state:  # the state is a column of its own
+        reasons = (candidate.reason,)
     source = candidate.kernel.cost(candidate.problem.device).source if candidate.takes else ""
     return Verdict(
         kernel=candidate.kernel.name,
         state=state,
-        reasons=candidate.reasons(),
+        reasons=reasons,
         refused_fields=tuple(refusal.field for refusal in candidate.refusals),
         adaptations=candidate.adaptations,
         seconds=candidate.seconds,
