@@ -106,7 +106,9 @@ class TensorBias(AttnBias):
 
     def facts(self) -> tuple[Any, ...]:
         shape = (1, 1, 1, 1, *self.tensor.shape)[-4:]
-        return self.tensor.dtype, self.tensor.requires_grad, tuple(bool(size == 1) for size in shape)
+        # Branching on a symbolic size, not bool(), makes the answer a constant of the graph.
+        single = tuple(True if size == 1 else False for size in shape)  # noqa: SIM210
+        return self.tensor.dtype, self.tensor.requires_grad, single
 
     @classmethod
     def from_facts(cls, facts: tuple[Any, ...], batch: int, num_heads: int, lengths: tuple[int, int]) -> TensorBias:
