@@ -47,7 +47,7 @@ def tests(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """Check the types of the core with mypy, in its strict mode."""
     install_torch(session)
-    install(session, "-e", "core", "mypy")
+    install(session, "-e", "core[test]", "mypy")
     session.run("mypy", "core/src", *session.posargs)
 
 

@@ -104,7 +104,7 @@ def _nothing() -> None:
 def environment() -> dict[str, str]:
     """What the figures depend on and were taken with.
 
-    Among it, what a call of an empty Python function takes: 30 to 40 ns on a free core of these years. Where it is more,
+    Among it, what a call of an empty Python function takes: 30 to 40 ns on a free core. Where it is more,
     the machine is slower or busy, and microseconds are as much more; ratios to peers in the same run are not.
     """
     load = " ".join(f"{x:.2f}" for x in os.getloadavg()) if hasattr(os, "getloadavg") else "unknown"
