@@ -286,9 +286,8 @@ def test_an_explanation_prints_a_line_per_kernel():
     with register(toy()):
         text = str(explain(X, X, X, Window(2, 0)))
     lines = text.splitlines()
-    assert (
-        lines[0] == 'problem: batch 1, seqlen 4, heads 2, head_dim 8, float32, cpu, Window(2, 0, "top-left").bind(4, 4)'
-    )
+    window = 'Window(2, 0, "top-left").bind(4, 4)'
+    assert lines[0] == f"problem: batch 1, seqlen 4, heads 2, head_dim 8, float32, cpu, {window}"
     line = next(line for line in lines if line.startswith("toy/a"))
     assert line.split()[1] == "refused"
     assert line.endswith(f"bias: takes no bias, got {window}")

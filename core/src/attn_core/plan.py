@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .bias import AttnBias, as_bias
-from .dispatch import decide
+from .dispatch import _explain_failure, decide
 from .errors import InputTypeError, PlanError
 from .explain import Explanation, door_of, weighed
 from .kernel import Bound
@@ -57,6 +57,8 @@ def plan(
     run = decide(scope_for(settings), door, query, key, value, given, scale, softcap, dropout_p, return_lse, kernel)
     if getattr(run, "candidate", None) is None:
         raise InputTypeError("plan: takes plain tensors; what the core does not model goes to torch call by call")
+    if not query.dtype is key.dtype is value.dtype:
+        raise InputTypeError("plan: takes operands of one dtype; cast them as autocast would, then plan")
     return run if unchecked else Plan(run, given, _seen(query, key, value), settings, kernel)
 
 
@@ -66,7 +68,7 @@ class Plan:
     A bias is part of a plan. One that holds data may be given anew, with the same shape, dtype and device.
     """
 
-    __slots__ = ("_bias", "_bias_key", "_expected", "_insisted", "_run", "_settings", "kernel", "problem")
+    __slots__ = ("_bias", "_bias_key", "_expected", "_insisted", "_run", "_same", "_settings", "kernel", "problem")
 
     def __init__(
         self, run: Bound, bias: AttnBias | None, expected: tuple[Any, ...], settings: Settings, insisted: str | None
@@ -77,14 +79,13 @@ class Plan:
         self._bias = bias
         self._bias_key = None if bias is None else bias.key
         self._expected = expected
+        self._same = *expected[:4], *expected[8:]  # operands agree in dtype and device
         self.kernel: str = run.candidate.kernel.name  # type: ignore[attr-defined]
         self.problem: Problem = run.problem  # type: ignore[attr-defined]
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, bias: AttnBias | Tensor | None = None) -> Any:
         """Runs the plan. Raises PlanError for operands other than it was made for."""
-        query_shape, key_shape, value_shape, dtype, _, _, device, grad, query_stride, key_stride, value_stride = (
-            self._expected
-        )
+        query_shape, key_shape, value_shape, dtype, device, grad, query_stride, key_stride, value_stride = self._same
         if not (
             query.shape == query_shape
             and key.shape == key_shape
@@ -93,6 +94,8 @@ class Plan:
             and key.dtype is dtype
             and value.dtype is dtype
             and query.device == device
+            and key.device == device  # a kernel would read a pointer of another device
+            and value.device == device
             and (_is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)) is grad
             and (query.is_contiguous() or query.stride()) == query_stride
             and (key.is_contiguous() or key.stride()) == key_stride
@@ -100,9 +103,13 @@ class Plan:
         ):
             self._refuse(query, key, value)
         bias = self._bias if bias is None else self._given(bias)
-        if _current().recorders:
-            return self._recorded()(query, key, value, bias)
-        return self._run(query, key, value, bias)
+        try:
+            if _current().recorders:
+                return self._recorded()(query, key, value, bias)
+            return self._run(query, key, value, bias)
+        except Exception as error:
+            _explain_failure(self._run, error)
+            raise
 
     def explain(self) -> Explanation:
         """What was chosen, and why not the others, by the settings under which the plan was made."""
@@ -137,7 +144,9 @@ _SEEN = (
     "query.dtype",
     "key.dtype",
     "value.dtype",
-    "device",
+    "query.device",
+    "key.device",
+    "value.device",
     "requires_grad",
     "query.stride",
     "key.stride",
@@ -151,7 +160,7 @@ def _seen(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
     return (
         *(tensor.shape for tensor in operands),
         *(tensor.dtype for tensor in operands),
-        query.device,
+        *(tensor.device for tensor in operands),
         _is_grad_enabled() and any(tensor.requires_grad for tensor in operands),
         *(tensor.is_contiguous() or tensor.stride() for tensor in operands),
     )
