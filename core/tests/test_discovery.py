@@ -150,6 +150,10 @@ BAD = {
         "two kernels named 'bad/sdpa'",
     ),
     "another's prefix": (HELLO.replace("hello/", "torch/"), "'torch/sdpa' must be named 'bad/…'"),
+    "a declaration of the wrong type": (
+        HELLO.replace("hello/", "bad/").replace('biases={Causal("top-left")}', "gqa=1"),
+        "gqa: must be True or False, got 1",
+    ),
     "a declaration that cannot be": (HELLO.replace("hello/", "bad/").replace('{"cpu"}', '"cpu"'), "DeclarationError"),
 }
 

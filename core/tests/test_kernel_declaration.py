@@ -1,6 +1,6 @@
 """A kernel's declaration: its name, layout and signature are checked when it is made; nothing can vanish in a call."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -16,8 +16,10 @@ from attn_core import (
     TensorBias,
     attention,
     explain,
+    kernels,
     register,
 )
+from attn_core.declaration import FLAGS, FLAGS_OF_BACKWARD, check_declaration
 
 CPU = Capabilities(devices={"cpu"}, dtypes={torch.float32}, head_dims={8})
 
@@ -278,3 +280,73 @@ def test_a_tensor_bias_is_handed_over_bound_and_with_its_data():
     assert [bias.bound_lengths() for bias in seen] == [(4, 4), (4, 4)]
     assert torch.equal(seen[0].tensor, table)
     assert torch.equal(seen[1].tensor, 2 * table)
+
+
+# What is checked when a kernel is registered
+
+WRONG = {
+    "devices is empty": ({"devices": []}, "devices: must be a set of device types"),
+    "devices holds a torch.device": ({"devices": {torch.device("cpu")}}, "devices: must hold device types"),
+    "dtypes holds a name": ({"dtypes": {"float32"}}, "dtypes: must hold dtypes"),
+    "head_dims holds a string": ({"head_dims": {"8"}}, "head_dims: must hold sizes of 1 and more, got '8'"),
+    "head_dims holds 0": ({"head_dims": range(0, 65, 8)}, "head_dims: must hold sizes of 1 and more, got 0"),
+    "head_dims is an empty range": ({"head_dims": range(8, 8)}, "head_dims: must be a range or a set of sizes"),
+    "head_dims_v is a number": ({"head_dims_v": 8}, "head_dims_v: must be a range or a set of sizes, got 8"),
+    "a bias without a corner": ({"biases": {Causal()}}, "biases: a value must be one at every length"),
+    "a bias with lengths": ({"biases": {Causal("top-left").bind(4, 4)}}, "without lengths and data"),
+    "a bias with data": ({"biases": [TensorBias(torch.zeros(4, 4))]}, "without lengths and data"),
+    "backward is a word": ({"backward": "yes"}, "backward: must be Backward, True, False or None, got 'yes'"),
+    "gqa is a number": ({"gqa": 1}, "gqa: must be True or False, got 1"),
+    "compile is a word": ({"compile": "yes"}, "compile: must be True or False, got 'yes'"),
+    "min is a number": ({"min_compute_capability": 8}, r"min_compute_capability: must be two numbers.* got 8"),
+    "max is a string": ({"max_compute_capability": "9.0"}, "max_compute_capability: must be two numbers"),
+    "min above max": (
+        {"min_compute_capability": (9, 0), "max_compute_capability": (8, 0)},
+        r"must not lie below min_compute_capability \(9, 0\), got \(8, 0\)",
+    ),
+    "backward.dtypes": ({"backward": Backward(dtypes=torch.float32)}, "backward.dtypes: must be a set"),
+    "backward.head_dims": ({"backward": Backward(head_dims=64)}, "backward.head_dims: must be a range or a set"),
+    "backward.biases": ({"backward": Backward(biases={int})}, "backward.biases: must hold kinds or values"),
+    "backward.bias_grad": ({"backward": Backward(bias_grad="yes")}, "backward.bias_grad: must be True or False"),
+    "backward.min": ({"backward": Backward(min_compute_capability=8)}, "backward.min_compute_capability: must be two"),
+}
+WRONG_IN_KERNEL = {
+    "costs holds seconds": ({"costs": {"cpu": 1.0}}, "costs: must be device type -> Cost"),
+    "costs is a cost": ({"costs": Cost(call=1.0)}, "costs: must be device type -> Cost"),
+    "skips holds a value": ({"skips": {Causal("top-left")}}, "skips: must hold kinds of AttnBias"),
+    "skips is a word": ({"skips": "Causal"}, "skips: must hold kinds of AttnBias, got 'Causal'"),
+    "refuse is a list": ({"refuse": []}, r"refuse: must be a function or None, got \[\]"),
+    "probe is a word": ({"probe": "flash_attn"}, "probe: must be a function or None, got 'flash_attn'"),
+}
+
+
+@pytest.mark.parametrize(("given", "message"), WRONG.values(), ids=WRONG)
+def test_a_field_that_does_not_hold_what_it_must_is_an_error_at_registration(given, message):
+    with pytest.raises(DeclarationError, match=message) as error:
+        register(kernel(run=takes_all, capabilities=replace(CPU, **given)))
+    assert str(error.value).startswith("kernel 'toy/a' declares what cannot be:")
+    assert not kernels("toy/*")
+
+
+@pytest.mark.parametrize(("given", "message"), WRONG_IN_KERNEL.values(), ids=WRONG_IN_KERNEL)
+def test_a_part_of_a_kernel_that_is_not_what_it_must_be_is_an_error_at_registration(given, message):
+    with pytest.raises(DeclarationError, match=message):
+        register(kernel(**given))
+    assert not kernels("toy/*")
+
+
+def test_all_wrong_fields_are_told_at_once():
+    with pytest.raises(DeclarationError) as error:
+        register(kernel(capabilities=replace(CPU, gqa=1, head_dims_v=8), costs={"cpu": 1.0}))
+    lines = [line.strip().partition(":")[0] for line in str(error.value).splitlines()[1:]]
+    assert lines == ["head_dims_v", "gqa", "costs"]
+
+
+def test_every_flag_is_checked():
+    assert set(FLAGS) == {f.name for f in fields(Capabilities) if f.type == "bool"}
+    assert set(FLAGS_OF_BACKWARD) == {f.name for f in fields(Backward) if f.type == "bool"}
+
+
+def test_what_torch_s_own_kernels_declare_can_be():
+    for each in kernels("torch/*"):
+        check_declaration(each)

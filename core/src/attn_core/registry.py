@@ -19,6 +19,7 @@ import pluggy
 
 from . import hookspecs
 from .capabilities import Refusal
+from .declaration import check_declaration
 from .discovery import BUILT_IN, BUILT_IN_MODULE, CORE, installed_entry_points, owner
 from .environment import Environment, read_environment
 from .errors import DeclarationError, DuplicateKernelError, PluginWarning, UnknownKernelError, suggestion
@@ -159,9 +160,13 @@ class Registry:
     # Changes
 
     def register(self, kernel: Kernel) -> Registration:
-        """Adds a kernel of this process. Raises DuplicateKernelError for a name that is taken."""
+        """Adds a kernel of this process.
+
+        Raises DeclarationError where its declaration cannot be one, DuplicateKernelError for a name that is taken.
+        """
         if not isinstance(kernel, Kernel):
             raise DeclarationError(f"register takes a Kernel, got {type(kernel).__name__}")
+        check_declaration(kernel)
         self.load()
         with self._lock:
             self._add([kernel])
@@ -301,6 +306,7 @@ def ask(name: str, module: Any) -> list[Kernel]:
                 )
             if any(kernel.name == other.name for other in kernels):
                 raise DeclarationError(f"it yields two kernels named {kernel.name!r}")
+            check_declaration(kernel)
             kernels.append(kernel)
     return kernels
 
