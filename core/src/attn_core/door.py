@@ -73,7 +73,7 @@ def examine(
     _check_dropout(dropout_p)
     bound = as_bias(bias)
     if bound is not None:
-        bound = _check_bias(bound, batch, num_heads, seqlen_q, seqlen_kv, query.device)
+        bound = check_bias(bound, batch, num_heads, seqlen_q, seqlen_kv, query.device)
     grad = torch.is_grad_enabled()
     device = query.device
     problem = Problem(
@@ -176,7 +176,7 @@ def _check_dropout(dropout_p: Any) -> None:
         raise InputError(f"dropout_p: must lie in [0, 1), got {dropout_p}")
 
 
-def _check_bias(
+def check_bias(
     bias: AttnBias, batch: int, num_heads: int, seqlen_q: int, seqlen_kv: int, device: torch.device
 ) -> AttnBias | None:
     bias_batch, bias_heads = bias.batch_and_heads

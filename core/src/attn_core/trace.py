@@ -14,7 +14,7 @@ Forced by these facts of torch.compile:
 from __future__ import annotations
 
 import operator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -23,17 +23,19 @@ from torch.autograd import forward_ad
 
 from .adapt import ADAPTATIONS
 from .bias import AttnBias, as_bias
+from .bias.base import known
 from .bind import bind
 from .bind import heads_of as layout_of
 from .broadcast import broadcasting
 from .cost import seconds
-from .dispatch import ATTENTION, SDPA_GQA, as_under_autocast, autocast_of, heads_of, stock_sdpa, what_is_foreign
-from .door import compute_capability, examine
-from .errors import InputError, NoKernelError
+from .dispatch import ATTENTION, SDPA_GQA, as_under_autocast, autocast_of, stock_sdpa, what_is_foreign
+from .door import HEADS_FIRST, HEADS_LAST, check_bias, compute_capability, examine
+from .errors import InputError, InputTypeError, NoKernelError
+from .kernel import Run
 from .problem import Problem
 from .registry import registry
 from .scope import Settings, current, mirror
-from .select import choose, rank
+from .select import Candidate, choose, rank
 from .tracing import constant, has_static_value
 
 #: What a symbolic size is taken for where kernels are weighed; only whether the lengths are equal matters there.
@@ -58,13 +60,283 @@ def traced(
     """One attention call inside a graph: chooses now, and leaves nothing but the kernel in it."""
     if bias is not None:
         bias = as_bias(bias)
-    if door or type(query) is not Tensor or type(key) is not Tensor or type(value) is not Tensor:
+    if type(query) is not Tensor or type(key) is not Tensor or type(value) is not Tensor:
         reason = what_is_foreign(query, key, value)
         if reason is not None and door != ATTENTION:
             return stock_sdpa(door, query, key, value, bias, scale, dropout_p, reason)
-        folding = broadcasting(query, key, value, door == SDPA_GQA) if door != ATTENTION else None
+        if reason is not None:
+            raise InputTypeError(f"attention takes plain tensors, got {reason}")
+    alike = query.ndim == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]
+    if door and not alike:
+        folding = broadcasting(query, key, value, door == SDPA_GQA)
         if folding is not None:
             fold, unfold = folding
             folded = fold(query, key, value, bias)
             return unfold(_chosen(SDPA_GQA, *folded, scale, softcap, dropout_p, return_lse, kernel))
     return _chosen(door, query, key, value, bias, scale, softcap, dropout_p, return_lse, kernel)
+
+
+def _chosen(
+    door: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: AttnBias | None,
+    scale: float | None,
+    softcap: float | None,
+    dropout_p: float,
+    return_lse: bool,
+    kernel: str | None,
+) -> Any:
+    cast_to = _autocast_dtype(query.device.type, query.is_floating_point())
+    if cast_to is not None:
+        query, key, value = (as_under_autocast(tensor, cast_to) for tensor in (query, key, value))
+        with torch.autocast(query.device.type, enabled=False):
+            return _run(door, query, key, value, bias, scale, softcap, dropout_p, return_lse, kernel)
+    return _run(door, query, key, value, bias, scale, softcap, dropout_p, return_lse, kernel)
+
+
+def _run(
+    door: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: AttnBias | None,
+    scale: float | None,
+    softcap: float | None,
+    dropout_p: float,
+    return_lse: bool,
+    kernel: str | None,
+) -> Any:
+    heads = HEADS_FIRST if door else HEADS_LAST
+    if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
+        raise InputError("query, key, value: must have four dimensions")
+    batch, seqlen_q, seqlen_kv = query.shape[0], query.shape[3 - heads], key.shape[3 - heads]
+    if key.shape[0] != batch or value.shape[0] != batch or value.shape[3 - heads] != seqlen_kv:
+        raise InputError("query, key, value: batches, and the lengths of key and value, must agree")
+    bound = None
+    if bias is not None:
+        bound = check_bias(bias, batch, query.shape[heads], seqlen_q, seqlen_kv, query.device)
+    # Facts as constants. Numbers may be symbolic where they are not sizes, too: operator.index, or branching on one,
+    # makes a constant of it.
+    rows, plain = weigh(
+        operator.index(registry.generation),
+        mirror.prefer,
+        mirror.approximate,
+        kernel,
+        heads,
+        tuple(operator.index(size) if has_static_value(size) else None for size in (batch, seqlen_q, seqlen_kv)),
+        known(seqlen_q == seqlen_kv),
+        tuple(
+            (
+                operator.index(tensor.shape[heads]),
+                operator.index(tensor.shape[3]),
+                tensor.dtype,
+                tensor.device,
+                tensor.requires_grad,
+                True if tensor.stride(3) == 1 else False,  # noqa: SIM210
+            )
+            for tensor in (query, key, value)
+        ),
+        torch.is_grad_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        softcap is not None,
+        True if dropout_p else False,  # noqa: SIM210
+        return_lse,
+        None if bound is None else _facts(bound),
+    )
+    if scale is None:
+        scale = operator.index(query.shape[3]) ** -0.5
+    row, problem = rows[0], None
+    if len(rows) > 1 or row[5]:
+        problem = Problem(batch=batch, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv, bias=bound, scale=scale, **dict(plain))
+        row = _best(rows, problem)
+        note(row[0], tuple(index for index, _ in row[4]), plain, None if bound is None else type(bound))
+    name, kernel_heads, _, _, steps, _ = row
+    run = registry.traceable[name]
+    if steps:
+        options = {"softcap": softcap, "dropout_p": dropout_p, "return_lse": return_lse}
+        problem = Problem(
+            batch=batch, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv, bias=bound, scale=scale, **{**dict(plain), **options}
+        )
+        return bind(run, kernel_heads, _steps(problem, steps), problem, bound, heads)(query, key, value, bound)
+    return _call(run, kernel_heads != heads, query, key, value, bound, scale, softcap, dropout_p, return_lse)
+
+
+def _call(
+    run: Run,
+    swapped: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: AttnBias | None,
+    scale: float,
+    softcap: float | None,
+    dropout_p: float,
+    return_lse: bool,
+) -> Any:
+    """Runs a kernel that takes the call as it is; `bind` would do the same, and cost more guards."""
+    if swapped:
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    options: dict[str, Any] = {"scale": scale}
+    if bias is not None:
+        options["bias"] = bias
+    if softcap is not None:
+        options["softcap"] = softcap
+    if dropout_p:
+        options["dropout_p"] = dropout_p
+    if not return_lse:
+        out = run(query, key, value, **options)
+        return out.transpose(1, 2) if swapped else out
+    out, lse = run(query, key, value, return_lse=True, **options)
+    return (out.transpose(1, 2) if swapped else out), lse
+
+
+def _facts(bias: AttnBias) -> tuple[Any, ...]:
+    """Of a bias, what `weigh` is told: one window, one graph."""
+    numbers = (int, torch.SymInt)
+    facts = tuple(
+        operator.index(fact) if isinstance(fact, numbers) and not isinstance(fact, bool) else fact
+        for fact in bias.facts()
+    )
+    many_batches, many_heads = bias.batch_and_heads
+    return (
+        type(bias),
+        facts,
+        True if many_batches != 1 else False,  # noqa: SIM210
+        True if many_heads != 1 else False,  # noqa: SIM210
+        bias.requires_grad,
+    )
+
+
+def _best(rows: tuple[Any, ...], problem: Problem) -> Any:
+    """The row of the kernel that runs; the first whose own limits, asked with symbolic lengths, do not refuse."""
+    while rows:
+        group = [row for row in rows if row[2] == rows[0][2]]  # the best place in the scope's order
+        best = group[0]
+        if len(group) > 1:
+            left = problem.pairs_left() if any(row[3][4] for row in group) else 0.0
+            least = None
+            for row in group:
+                estimate = seconds(row[3], problem.batch, problem.seqlen_q, problem.seqlen_kv, left)
+                if least is None or estimate < least:
+                    best, least = row, estimate
+        if not best[5] or not list(registry.refusers[best[0]](problem)):
+            return best
+        rows = tuple(row for row in rows if row[0] != best[0])
+    raise NoKernelError(f"no kernel takes this problem: {problem}")
+
+
+def _steps(problem: Problem, steps: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The adaptations, each with the problem that it makes."""
+    made = []
+    for index, changes in steps:
+        problem = replace(problem, **dict(changes))
+        made.append((ADAPTATIONS[index], problem))
+    return tuple(made)
+
+
+@constant
+def _autocast_dtype(device: str, floating: bool) -> torch.dtype | None:
+    """What operands are cast to under autocast, which dynamo guards by itself."""
+    return autocast_of(torch.empty(0, device=device)) if floating else None
+
+
+@constant
+def note(kernel: str, steps: tuple[int, ...], plain: tuple[tuple[str, Any], ...], kind: type[AttnBias] | None) -> None:
+    """Tells the recorders of this task what was chosen; runs once, when the graph is traced."""
+    recorders = current.get().recorders
+    if recorders:
+        facts = dict(plain)
+        call = (
+            f"heads {facts['num_heads']}:{facts['num_kv_heads']}, head_dim {facts['head_dim']}:{facts['head_dim_v']},"
+            f" {str(facts['dtype']).removeprefix('torch.')}, {facts['device']}{f', {kind.__name__}' if kind else ''}"
+        )
+        for recorder in recorders:
+            recorder.note_traced(kernel, tuple(ADAPTATIONS[index].name for index in steps), call)
+
+
+@constant
+def weigh(
+    generation: int,
+    prefer: tuple[str, ...],
+    approximate: bool,
+    forced: str | None,
+    heads: int,
+    sizes: tuple[int | None, ...],
+    equal_lengths: bool,
+    operands: tuple[tuple[int, int, torch.dtype, torch.device, bool, bool], ...],
+    grad: bool,
+    deterministic: bool,
+    softcap: bool,
+    dropout: bool,
+    return_lse: bool,
+    bias: tuple[Any, ...] | None,
+) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
+    """(rows, facts): the kernels that take such a call, best first, and the fields of its problem, as constants.
+
+    A row is (name, dimension of the heads, place in the scope's order, coefficients of the estimate, adaptations as
+    (index, sizes that they change), whether its own limits are still to be asked). Where no size is symbolic, the
+    choice is made here, and there is one row. Raises what the call would raise.
+    """
+    symbolic = None in sizes
+    batch = STAND_IN_BATCH if sizes[0] is None else sizes[0]
+    seqlen_q = STAND_IN_LENGTHS[0] if sizes[1] is None else sizes[1]
+    seqlen_kv = (seqlen_q if equal_lengths else STAND_IN_LENGTHS[1]) if sizes[2] is None else sizes[2]
+    devices = {operand[3] for operand in operands}
+    if len(devices) > 1:
+        raise InputError(f"query, key, value: must be on one device, got {', '.join(sorted(map(str, devices)))}")
+    device = devices.pop()
+    stand_ins = [
+        _stand_in((batch, seqlen, *operand), heads)
+        for seqlen, operand in zip((seqlen_q, seqlen_kv, seqlen_kv), operands)
+    ]
+    problem, _ = examine(*stand_ins, None, None, 1.0 if softcap else None, 0.5 if dropout else 0.0, return_lse, heads)
+    stand_in_bias, bias_requires_grad = None, False
+    if bias is not None:
+        kind, facts, many_batches, many_heads, bias_requires_grad = bias
+        shape = (batch if many_batches else 1), (problem.num_heads if many_heads else 1)
+        stand_in_bias = kind.from_facts(facts, *shape, (seqlen_q, seqlen_kv))
+    problem = replace(
+        problem,
+        device=device.type,
+        compute_capability=compute_capability(device.index) if device.type == "cuda" else None,
+        bias=stand_in_bias,
+        requires_grad=grad and any(operand[4] for operand in operands),
+        bias_requires_grad=grad and bias_requires_grad,
+        deterministic=deterministic,
+        forward_ad=forward_ad._current_level >= 0,  # guarded by dynamo itself, as the levels of functorch are
+        compiling=True,
+    )
+    settings = Settings(prefer=prefer, allow=frozenset({"approximate"}) if approximate else frozenset())
+    candidates = [choose(registry, problem, settings, forced, limits=not symbolic)]
+    if forced is None and symbolic:
+        candidates = [each for each in rank(registry, problem, settings, limits=False) if each.takes]
+    lengths = ("batch", "seqlen_q", "seqlen_kv", "bias", "scale")
+    plain = tuple((f.name, getattr(problem, f.name)) for f in fields(problem) if f.name not in lengths)
+    rows = tuple(_row(candidate, problem, len(prefer), symbolic) for candidate in candidates)
+    if len(rows) == 1 and not rows[0][5]:  # else it is only known to the traced code what is chosen
+        note(rows[0][0], tuple(index for index, _ in rows[0][4]), plain, None if bias is None else bias[0])
+    return rows, plain
+
+
+def _stand_in(facts: tuple[Any, ...], heads: int) -> Tensor:
+    """An operand without data that looks as the traced one does."""
+    batch, seqlen, num_heads, dim, dtype, _, _, unit_stride = facts
+    shape = (batch, seqlen, num_heads, dim) if heads == HEADS_LAST else (batch, num_heads, seqlen, dim)
+    tensor = torch.empty(shape, dtype=dtype, device="meta")
+    return tensor if unit_stride else tensor.mT.contiguous().mT
+
+
+def _row(candidate: Candidate, problem: Problem, last: int, symbolic: bool) -> tuple[Any, ...]:
+    kernel = candidate.kernel
+    registry.make_traceable(kernel)
+    before, steps = problem, []
+    for adaptation, after in candidate.steps:
+        changes = tuple((size, getattr(after, size)) for size in SIZES if getattr(after, size) != getattr(before, size))
+        steps.append((ADAPTATIONS.index(adaptation), changes))
+        before = after
+    place = last if candidate.preferred is None else candidate.preferred
+    assert candidate.terms is not None
+    refuses = symbolic and kernel.refuse is not None
+    return kernel.name, layout_of(kernel), place, tuple(candidate.terms), tuple(steps), refuses

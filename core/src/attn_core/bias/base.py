@@ -22,6 +22,8 @@ from ..errors import InputError, UnboundBiasError
 Self = TypeVar("Self", bound="AttnBias")
 TileKind = Literal["empty", "full", "mixed"]
 
+_is_tracing = torch.compiler.is_dynamo_compiling  # looked up once: in a graph, each lookup is a guard
+
 DRAWN_ROWS = 16
 DRAWN_COLUMNS = 64
 
@@ -32,7 +34,7 @@ def known(condition: Any) -> bool:
     Lengths may be symbolic while a graph is traced. Rewriting a bias is only allowed where the rewrite holds for
     every length of that graph, so an undecided condition counts as false, and no guard is added.
     """
-    if not torch.compiler.is_dynamo_compiling() and isinstance(condition, bool):
+    if not _is_tracing() and isinstance(condition, bool):
         return condition
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # only reached while tracing
 
