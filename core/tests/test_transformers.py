@@ -177,6 +177,25 @@ def test_gradients_are_those_of_eager_attention():
 
 
 @pytest.mark.usefixtures("enabled")
+@pytest.mark.parametrize("build", [CAUSAL_LMS["llama-gqa"], ENCODERS["bert"]], ids=["llama", "bert"])
+def test_a_compiled_model_is_one_graph_for_every_length_and_batch(build):
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    graphs, model = CompileCounter(), made(build, "attn")
+    model.config.use_cache = False
+    compiled = torch.compile(model, backend=graphs, fullgraph=True, dynamic=True)
+    torch.manual_seed(SEED)
+    for batch, seqlen in ((2, 9), (2, 12), (3, 12), (5, 17)):
+        mask = torch.ones(batch, seqlen, dtype=torch.long)
+        mask[0, :3] = 0
+        given = {"input_ids": torch.randint(5, 100, (batch, seqlen)), "attention_mask": mask}
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(**given)[0], model(**given)[0], atol=ATOL, rtol=0)
+    assert graphs.frame_count == 1
+
+
+@pytest.mark.usefixtures("enabled")
 def test_packed_sequences_do_not_see_each_other():
     model = made(CAUSAL_LMS["llama-gqa"], "attn")
     torch.manual_seed(SEED)
