@@ -1,14 +1,16 @@
 """`attn explain` turns flags into the problem that a call would pose, and tells who would run it."""
 
+import io
 import json
 
 import attn_core
 import pytest
 import torch
-from attn_core import Capabilities, Causal, Kernel, KeyPadding, TensorBias, Window, register
+from attn_core import Capabilities, Causal, Kernel, KeyPadding, TensorBias, Unusable, Window, explain_problem, register
 from attn_core.cli import main
 from attn_core.cli.explain import DTYPES, problem_of
 from click.testing import CliRunner
+from rich.console import Console
 
 
 def attn(*arguments, exit_code=0):
@@ -126,6 +128,20 @@ def test_approximate_kernels_take_part_where_allowed():
         refused = explained("--kernel", "mine/int8", exit_code=1)
         assert refused["verdicts"][0]["refused_fields"] == ["numerics"]
         assert explained("--kernel", "mine/int8", "--allow", "approximate")["chosen"] == "mine/int8"
+
+
+def test_brackets_of_an_extra_are_shown_by_any_console():
+    def run(query, key, value, *, scale):
+        raise AssertionError("explain runs nothing")
+
+    missing = Unusable("absent", "needs attn-x[fa2]", "pip install attn-x[fa2]")
+    capabilities = Capabilities(devices={"cpu"}, dtypes={torch.float32}, head_dims={64})
+    with register(Kernel(name="mine/absent", run=run, capabilities=capabilities, probe=lambda: missing)):
+        printed = Console(file=io.StringIO(), width=200)
+        printed.print(explain_problem(asked()))
+        for text in (printed.file.getvalue(), attn(), str(explain_problem(asked()))):
+            assert "needs attn-x[fa2]" in text
+            assert "to type: pip install attn-x[fa2]" in text
 
 
 def test_exit_code_1_when_nothing_takes_it():

@@ -99,17 +99,19 @@ class Explanation:
 
     def __rich__(self) -> Table:
         from rich.table import Table
+        from rich.text import Text  # what is in brackets, as in attn-flash[fa2], is no style
 
-        table = Table(title=str(self.problem), title_justify="left", caption="\n".join(self.notes) or None)
+        notes = Text("\n".join(self.notes)) if self.notes else None
+        table = Table(title=Text(str(self.problem)), title_justify="left", caption=notes)
         table.add_column("kernel", no_wrap=True)
         table.add_column("state")
         table.add_column("estimate", justify="right", no_wrap=True)
         table.add_column("why")
         styles = {"chosen": "bold green", "ready": "", "refused": "dim", "failed": "red", "broken": "red"}
         for verdict in self.verdicts:
-            why = [*([f"after {', '.join(verdict.adaptations)}"] if verdict.adaptations else []), *verdict.reasons]
+            why = Text("\n".join(_why(verdict)))
             style = styles.get(verdict.state, "dim")
-            table.add_row(verdict.kernel, verdict.state, _time(verdict), "\n".join(why), style=style)
+            table.add_row(verdict.kernel, verdict.state, _time(verdict), why, style=style)
         return table
 
 
@@ -211,6 +213,10 @@ def _time(verdict: Verdict) -> str:
 
 def _detail(verdict: Verdict) -> str:
     parts = [_time(verdict)] if verdict.seconds is not None else []
-    if verdict.adaptations:
-        parts.append(f"after {', '.join(verdict.adaptations)}")
-    return "; ".join([*parts, *verdict.reasons])
+    return "; ".join([*parts, *_why(verdict)])
+
+
+def _why(verdict: Verdict) -> list[str]:
+    """What is done to the operands first, why it does not take the problem, and what to type about it."""
+    after = [f"after {', '.join(verdict.adaptations)}"] if verdict.adaptations else []
+    return [*after, *verdict.reasons, *([f"to type: {verdict.fix}"] if verdict.fix else [])]
