@@ -19,7 +19,7 @@ def additive(bias: TensorBias, dtype: torch.dtype) -> Tensor:
     """
     tensor = bias.tensor
     if tensor.dtype is torch.bool:
-        return torch.zeros(tensor.shape, dtype=dtype, device=tensor.device).masked_fill_(~tensor, MASKED)
+        return torch.where(tensor, torch.zeros((), dtype=dtype, device=tensor.device), MASKED)
     if tensor.dtype is dtype:
         return tensor
     info = torch.finfo(dtype)
