@@ -1,10 +1,13 @@
 """Plugins are found through real metadata on `sys.path`; a bad one costs itself and one warning, never the host."""
 
+import base64
+import hashlib
 import sys
 import threading
 import warnings
 
 import attn_core
+import importlib_metadata
 import pytest
 import torch
 from attn_core import (
@@ -77,6 +80,21 @@ def test_a_plugin_is_found_ranked_and_chosen_where_it_is_preferred(site):
     assert calls.kernels == {"hello/sdpa": 1}
     torch.testing.assert_close(out, reference_attention(x, x, x, Causal())[0].float())
     check_the_host_answers()
+
+
+def test_a_fake_distribution_is_what_pip_would_have_unpacked(site):
+    info = fake_distribution(site, version="1.2", requires=("attn-core>=0.1", "numpy; extra == 'fast'"))
+    assert info.name == "attn_hello-1.2.dist-info"
+    distribution = importlib_metadata.distribution("attn-hello")
+    assert distribution.version == "1.2"
+    assert distribution.requires == ["attn-core>=0.1", "numpy; extra == 'fast'"]
+    assert [(e.group, e.name, e.value) for e in distribution.entry_points] == [("attn.plugins", "hello", "attn_hello")]
+    for file in distribution.files:
+        data = file.locate().read_bytes()
+        if file.name != "RECORD":  # which cannot tell its own digest
+            digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+            assert (file.hash.mode, file.hash.value, file.size) == ("sha256", digest, len(data))
+    assert {file.name for file in distribution.files} >= {"METADATA", "RECORD", "entry_points.txt", "attn_hello.py"}
 
 
 def test_a_plugin_may_be_an_object_in_a_module(site):
@@ -251,14 +269,12 @@ def test_the_built_in_wins_over_a_stranger_of_its_name(site):
 
 
 def test_a_plugin_for_another_core_is_broken_before_it_is_imported(site):
-    from importlib_metadata import version
-
     fake_distribution(site, requires=("numpy", "Attn_Core >=9,<10"))
     [warning] = look_again()
     hello = plugin("hello")
     assert hello.state == "broken"
     assert "attn_hello" not in sys.modules
-    assert f"attn-hello 1.0 needs attn-core<10,>=9, found {version('attn-core')}" in hello.reason
+    assert f"attn-hello 1.0 needs attn-core<10,>=9, found {importlib_metadata.version('attn-core')}" in hello.reason
     assert hello.fix == 'pip install -U attn-hello "attn-core<10,>=9"'
     assert hello.fix in warning
     check_the_host_answers()

@@ -249,6 +249,14 @@ def test_one_object_may_be_shared_by_tasks():
     assert asyncio.run(main()) == [chosen()] * 4
 
 
+def test_a_scope_is_left_where_it_was_entered():
+    scope = prefer("torch/reference")
+    contextvars.copy_context().run(scope.__enter__)
+    with pytest.raises(RuntimeError, match="prefer: left in another task or thread than it was entered in"):
+        scope.__exit__(None, None, None)
+    refresh()  # the mirror of this thread is where the entering left it
+
+
 # The table of choices
 
 

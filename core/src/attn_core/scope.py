@@ -161,7 +161,9 @@ class _ScopeContext:
             mirror.prefer, mirror.approximate = self._traced.pop()
             return
         entered = _entered.get()
-        last = max(i for i, (owner, _) in enumerate(entered) if owner is self)
+        last = max((i for i, (owner, _) in enumerate(entered) if owner is self), default=None)
+        if last is None:
+            raise RuntimeError(f"{type(self).__name__}: left in another task or thread than it was entered in")
         _entered.set(entered[:last] + entered[last + 1 :])
         current.reset(entered[last][1])
         # Not what the mirror showed on entering: another task of this thread may have entered or left since.
