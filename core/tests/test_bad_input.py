@@ -404,6 +404,58 @@ def test_options_may_be_given_as_integers():
     torch.testing.assert_close(attention(x, x, x, dropout_p=0), attention(x, x, x))
 
 
+def test_lengths_are_checked_also_where_the_choice_is_cached():
+    """A padding's numbers are no part of the key: the same choice serves the next call, which may be wrong."""
+    x = tensor(2, 5, 4, 8)
+    attention(x, x, x, KeyPadding([2, 5]))
+    with pytest.raises(InputError, match=r"\[0, seqlen_kv=5\], got \[2, 6\]"):
+        attention(x, x, x, KeyPadding([2, 6]))
+    held = KeyPadding(torch.tensor([2, 5]))
+    attention(x, x, x, held)
+    held.seqlens[0] = 9
+    with pytest.raises(InputError, match=r"got \[9, 5\]"):
+        attention(x, x, x, held)
+
+
+def every_bias():
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn(5, 5, generator=generator, dtype=torch.float32, device="cpu")
+    return [None, Causal(), Window(1, 0), KeyPadding([2, 5]), TensorBias(numbers), TensorBias(numbers > 0)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_torchs_default_dtype_changes_nothing(dtype):
+    x = tensor(2, 5, 4, 8)
+    wanted = [attention(x, x, x, bias, kernel=name) for bias in every_bias() for name in KERNELS]
+    torch.set_default_dtype(dtype)
+    try:
+        got = [attention(x, x, x, bias, kernel=name) for bias in every_bias() for name in KERNELS]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, two in zip(got, wanted):
+        assert one.dtype is torch.float32
+        torch.testing.assert_close(one, two)
+
+
+def test_torchs_default_device_changes_nothing():
+    x = tensor(2, 5, 4, 8)
+    wanted = [attention(x, x, x, bias, kernel=name) for bias in every_bias() for name in KERNELS]
+    with torch.device("meta"):
+        got = [attention(x, x, x, bias, kernel=name) for bias in every_bias() for name in KERNELS]
+        assert KeyPadding([1, 3]).bind(2, 3).draw() == "█··\n█··"
+    for one, two in zip(got, wanted):
+        torch.testing.assert_close(one, two)
+
+
+def test_a_choice_made_in_inference_mode_does_not_serve_training():
+    x = tensor(2, 5, 4, 8)
+    with torch.inference_mode():
+        attention(x, x, x)
+    query = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(attention(query, x, x).sum(), query)
+    assert gradient.shape == query.shape
+
+
 def test_a_bad_call_leaves_the_next_one_alone():
     x = tensor(2, 5, 4, 8)
     wanted = attention(x, x, x)

@@ -4,6 +4,8 @@ each, of the kinds that have been seen in the wild."""
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -218,6 +220,15 @@ def test_a_missing_lse_is_caught():
     problem = replace(BASE, requires_grad=False)
     (results,) = differences(problem, build(problem, seed=1), lambda x: by_naive(x)[0])
     assert [str(result) for result in results if not result] == ["lse: is missing"]
+
+
+def test_the_kit_needs_no_hypothesis():
+    code = (
+        "import sys\n"
+        "import attn_core.testing, attn_core.testing.budget, attn_core.testing.differences, attn_core.testing.problems\n"
+        "assert 'hypothesis' not in sys.modules and 'pytest' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 # build

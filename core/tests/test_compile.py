@@ -298,3 +298,11 @@ def test_a_bias_with_a_gradient_is_trained_through_a_graph():
     (want,) = torch.autograd.grad(attention(*inputs, table).square().sum(), table)
     torch.testing.assert_close(got, want)
     assert want.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("scale", [-0.5, 0.0, 0.7])
+def test_a_limit_of_a_kernel_on_the_scale_holds_in_a_graph(scale, dynamic):
+    inputs = operands()
+    traced, _ = compiled(lambda q, k, v, s: attention(q, k, v, Causal(), scale=s), dynamic=dynamic)
+    torch.testing.assert_close(traced(*inputs, scale), attention(*inputs, Causal(), scale=scale))

@@ -1,6 +1,7 @@
 """Every kernel that accepts a random problem agrees with the float64 reference, forward and backward.
 
-Refusals are looked at as hard as results: in `test_refusals.py`.
+A refusal must be of something that the problem asks for; that the op behind it really cannot do it is shown, one by
+one, in `test_torch_kernels.py`.
 """
 
 from __future__ import annotations
@@ -25,9 +26,22 @@ ACCEPTED = {"torch/flash": 100, "torch/math": 100, "torch/reference": 100, "torc
 #: How often each thing that a kernel may declare must have been asked for.
 ASKED = 20
 
+#: What a refusal of this field says was asked for.
+REASONS = {
+    "dtype": lambda p: p.dtype is torch.float64,
+    "softcap": lambda p: p.softcap is not None,
+    "dropout_p": lambda p: p.dropout_p > 0,
+    "return_lse": lambda p: p.return_lse,
+    "empty_lengths": lambda p: 0 in (p.batch, p.seqlen_q, p.seqlen_kv),
+    "backward": lambda p: p.needs_backward,
+    "lse_grad": lambda p: p.needs_backward and p.return_lse,
+    "bias_grad": lambda p: p.bias_requires_grad,
+}
+
 accepted: Counter[str] = Counter()
 compared: Counter[str] = Counter()
 asked: Counter[str] = Counter()
+refused: Counter[str] = Counter()
 
 
 def what_is_asked(problem: Problem) -> list[str]:
@@ -88,6 +102,12 @@ def agree_on(problem: Problem, layout: str, numbers: int, empty_rows: bool, magn
     assert type(told.problem.bias) is type(problem.bias)
     names = [verdict.kernel for verdict in told if verdict.seconds is not None]
     assert "torch/reference" in names, "there is always an answer"
+    for verdict in told:
+        if verdict.state == "refused":
+            assert verdict.refused_fields, verdict
+            for field in verdict.refused_fields:
+                assert REASONS[field](problem), f"{verdict.kernel} refuses {field}, which is not asked for: {problem}"
+                refused[field] += 1
     asked.update(what_is_asked(problem))
     accepted.update(names)
     if problem.dropout_p:
@@ -133,6 +153,7 @@ def test_every_accepting_kernel_agrees_with_the_reference(capsys: pytest.Capture
         print(f"\nseed {SEED}; accepted of {PROBLEMS}: {dict(sorted(accepted.items()))}")  # noqa: T201
         print(f"results compared: {dict(sorted(compared.items()))}")  # noqa: T201
         print(f"asked for: {dict(sorted(asked.items()))}")  # noqa: T201
+        print(f"refused: {dict(sorted(refused.items()))}")  # noqa: T201
     assert accepted["torch/reference"] >= PROBLEMS, "the reference takes every legal problem"
     for name, least in ACCEPTED.items():
         assert accepted[name] >= least, f"{name} took {accepted[name]} problems, fewer than {least}"
@@ -145,3 +166,4 @@ def test_every_accepting_kernel_agrees_with_the_reference(capsys: pytest.Capture
     }
     rare = {name: asked[name] for name in sorted(everything) if asked[name] < ASKED}
     assert not rare, f"asked for fewer than {ASKED} times: {rare}"
+    assert set(refused) == set(REASONS), "a reason that never came up is not tested"

@@ -307,6 +307,63 @@ def test_dropout_drops_the_stated_share_and_keeps_the_mean():
     assert abs(float((weights == 0).sum()) - 0.25 * number) < 5 * (0.25 * 0.75 * number) ** 0.5
 
 
+# What the core does not model goes to torch unchanged, and record says so
+
+
+class Tagged(torch.Tensor):
+    pass
+
+
+def jagged():
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(n, 4, 8, generator=generator) for n in (3, 5)]
+    return torch.nested.nested_tensor(parts, layout=torch.jagged).transpose(1, 2)
+
+
+def nested():
+    generator = torch.Generator().manual_seed(0)
+    return torch.nested.nested_tensor([torch.randn(4, n, 8, generator=generator) for n in (3, 5)])
+
+
+def tagged():
+    return operands(((2, 4, 5, 8),))[0].as_subclass(Tagged)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("make", [jagged, nested, tagged])
+def test_a_tensor_that_the_core_does_not_model_goes_to_torch_unchanged(make):
+    x = make()
+    with record() as calls:
+        got = scaled_dot_product_attention(x, x, x)
+    wanted = F.scaled_dot_product_attention(x, x, x)
+    assert type(got) is type(wanted)
+    for one, two in zip(got.unbind(), wanted.unbind()):
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(two))
+    (row,) = calls
+    assert row.kernel == "torch (stock)"
+    assert row.reason.startswith("a ")
+    with pytest.raises(InputTypeError, match="query: attention takes plain tensors, got a "):
+        attention(x, x, x)
+
+
+def test_a_subclass_goes_to_torch_after_a_plain_tensor_of_the_same_shape():
+    """The choice made for the plain one is not taken for it."""
+    plain_one = torch.Tensor(tagged())
+    scaled_dot_product_attention(plain_one, plain_one, plain_one)
+    with record() as calls:
+        assert type(scaled_dot_product_attention(tagged(), plain_one, plain_one)) is Tagged
+        scaled_dot_product_attention(plain_one, plain_one, plain_one)
+    assert sorted(calls.kernels) == ["torch (stock)", "torch/flash"]
+
+
+def test_a_parameter_is_a_plain_tensor():
+    x = operands(SHAPES["4-D"][:3])
+    query = torch.nn.Parameter(x[0])
+    out = scaled_dot_product_attention(query, x[1], x[2])
+    assert out.requires_grad
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(query, x[1], x[2]))
+
+
 # Transforms of torch.func: what works on the plain computation works here
 
 

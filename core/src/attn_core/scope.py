@@ -23,6 +23,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from .environment import check_allowed, read_environment
+from .errors import InputError
 from .registry import registry
 
 if TYPE_CHECKING:
@@ -45,12 +46,24 @@ class Settings:
 class Scope(dict[Any, Callable[..., Any]]):
     """Settings, and the choices made under them: key of a call -> function that runs it."""
 
-    def __init__(self, settings: Settings, recorders: tuple[Recorder, ...] = ()) -> None:
+    def __init__(self, settings: Settings | None, recorders: tuple[Recorder, ...] = ()) -> None:
         super().__init__()
-        self.settings = settings
+        self._settings = settings
         self.recorders = recorders
         with _lock:
             _alive[id(self)] = self
+
+    @property
+    def settings(self) -> Settings:
+        """What the scope says. The outermost asks the environment, at first use: a bad variable fails no import."""
+        if self._settings is None:
+            environment = read_environment()
+            self._settings = Settings(prefer=environment.prefer, allow=environment.allow)
+        return self._settings
+
+    def forget_settings(self) -> None:
+        """Asks the environment again, at next use."""
+        self._settings = None
 
     def keep(self, key: Any, run: Callable[..., Any]) -> None:
         """Stores a choice, dropping the oldest where the table is full."""
@@ -60,16 +73,11 @@ class Scope(dict[Any, Callable[..., Any]]):
             self[key] = run
 
 
-def _settings_of_environment() -> Settings:
-    environment = read_environment()
-    return Settings(prefer=environment.prefer, allow=environment.allow)
-
-
 _lock = threading.RLock()
 #: Every scope that somebody is in, or may enter again: all that must forget their choices when kernels come or go.
 _alive: WeakValueDictionary[int, Scope] = WeakValueDictionary()
 #: Outside every `with`: what ATTN_PREFER and ATTN_ALLOW say.
-_base = Scope(_settings_of_environment())
+_base = Scope(None)
 _warm: dict[Settings, Scope] = {}
 
 current: ContextVar[Scope] = ContextVar("attn_scope", default=_base)
@@ -79,8 +87,12 @@ class Mirror(threading.local):
     """The settings of this thread, as plain values that a traced graph can guard on."""
 
     def __init__(self) -> None:
-        self.prefer = _base.settings.prefer
-        self.approximate = "approximate" in _base.settings.allow
+        try:
+            settings = _base.settings
+        except InputError:  # a bad variable: the first call says so
+            settings = Settings()
+        self.prefer = settings.prefer
+        self.approximate = "approximate" in settings.allow
 
 
 mirror = Mirror()
@@ -118,7 +130,7 @@ def refresh() -> None:
 
     Kernels registered in this process are forgotten. Scopes that are open keep their settings.
     """
-    _base.settings = _settings_of_environment()
+    _base.forget_settings()
     _reflect(current.get().settings)
     registry.reload()
 

@@ -117,6 +117,9 @@ def _run(
     bound = None
     if bias is not None:
         bound = check_bias(bias, batch, query.shape[heads], seqlen_q, seqlen_kv, query.device)
+    if scale is None:
+        scale = operator.index(query.shape[3]) ** -0.5
+    weighed_scale = scale if has_static_value(scale) else _of_its_sign(scale)
     # Facts as constants. Numbers may be symbolic where they are not sizes, too: operator.index, or branching on one,
     # makes a constant of it.
     rows, plain = weigh(
@@ -127,6 +130,7 @@ def _run(
         heads,
         tuple(operator.index(size) if has_static_value(size) else None for size in (batch, seqlen_q, seqlen_kv)),
         known(seqlen_q == seqlen_kv),
+        weighed_scale,
         tuple(
             (
                 operator.index(tensor.shape[heads]),
@@ -145,11 +149,10 @@ def _run(
         return_lse,
         None if bound is None else _facts(bound),
     )
-    if scale is None:
-        scale = operator.index(query.shape[3]) ** -0.5
-    row, problem = rows[0], None
+    row = rows[0]
     if len(rows) > 1 or row[5]:
-        problem = Problem(batch=batch, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv, bias=bound, scale=scale, **dict(plain))
+        lengths: dict[str, Any] = {"batch": batch, "seqlen_q": seqlen_q, "seqlen_kv": seqlen_kv}
+        problem = Problem(bias=bound, scale=weighed_scale, **lengths, **dict(plain))
         row = _best(rows, problem)
         note(row[0], tuple(index for index, _ in row[4]), plain, None if bound is None else type(bound))
     name, kernel_heads, _, _, steps, _ = row
@@ -209,6 +212,11 @@ def _facts(bias: AttnBias) -> tuple[Any, ...]:
     )
 
 
+def _of_its_sign(scale: float) -> float:
+    """What a symbolic scale is taken for where kernels are weighed: some have limits on its sign."""
+    return 1.0 if scale > 0 else 0.0 if scale == 0 else -1.0
+
+
 def _best(rows: tuple[Any, ...], problem: Problem) -> Any:
     """The row of the kernel that runs; the first whose own limits, asked with symbolic lengths, do not refuse."""
     while rows:
@@ -265,6 +273,7 @@ def weigh(
     heads: int,
     sizes: tuple[int | None, ...],
     equal_lengths: bool,
+    scale: float,
     operands: tuple[tuple[int, int, torch.dtype, torch.device, bool, bool], ...],
     grad: bool,
     deterministic: bool,
@@ -287,11 +296,21 @@ def weigh(
     if len(devices) > 1:
         raise InputError(f"query, key, value: must be on one device, got {', '.join(sorted(map(str, devices)))}")
     device = devices.pop()
-    stand_ins = [
+    query, key, value = (
         _stand_in((batch, seqlen, *operand), heads)
         for seqlen, operand in zip((seqlen_q, seqlen_kv, seqlen_kv), operands)
-    ]
-    problem, _ = examine(*stand_ins, None, None, 1.0 if softcap else None, 0.5 if dropout else 0.0, return_lse, heads)
+    )
+    problem, _ = examine(
+        query,
+        key,
+        value,
+        None,
+        scale,
+        1.0 if softcap else None,
+        0.5 if dropout else 0.0,
+        return_lse,
+        heads,
+    )
     stand_in_bias, bias_requires_grad = None, False
     if bias is not None:
         kind, facts, many_batches, many_heads, bias_requires_grad = bias
@@ -308,6 +327,7 @@ def weigh(
         forward_ad=forward_ad._current_level >= 0,  # guarded by dynamo itself, as the levels of functorch are
         compiling=True,
     )
+    current.get().settings  # noqa: B018  (raises where the environment has a bad variable)
     settings = Settings(prefer=prefer, allow=frozenset({"approximate"}) if approximate else frozenset())
     candidates = [choose(registry, problem, settings, forced, limits=not symbolic)]
     if forced is None and symbolic:

@@ -17,8 +17,8 @@ def constant(function: Function) -> Function:
     return function
 
 
-def has_static_value(size: int) -> bool:
-    """Whether a size is one number for the whole graph."""
+def has_static_value(number: float) -> bool:
+    """Whether a size or a number is the same for the whole graph."""
     from torch.fx.experimental import symbolic_shapes  # only reached while tracing
 
-    return symbolic_shapes.has_static_value(size)
+    return symbolic_shapes.has_static_value(number)

@@ -171,8 +171,8 @@ class Mask(AttnBias):
         """The matrix of the first batch entry and head: `█` may attend, `·` masked; cut to 16 rows of 64."""
         seqlen_q, seqlen_kv = self.bound_lengths()
         rows, columns = min(seqlen_q, DRAWN_ROWS), min(seqlen_kv, DRAWN_COLUMNS)
-        q, k = torch.arange(rows)[:, None], torch.arange(columns)
-        zero = torch.zeros((), dtype=torch.long)
+        q, k = torch.arange(rows, device="cpu")[:, None], torch.arange(columns, device="cpu")
+        zero = torch.zeros((), dtype=torch.long, device="cpu")
         matrix = self.keep(zero, zero, q, k).expand(rows, columns).tolist()
         lines = ["".join("█" if cell else "·" for cell in row) for row in matrix]
         if columns < seqlen_kv:

@@ -35,7 +35,7 @@ class KeyPadding(Mask):
             seqlens = list(seqlens)
             if not all(type(n) is int for n in seqlens):
                 raise InputTypeError(f"KeyPadding: seqlens must be integers, got {seqlens!r}")
-            seqlens = torch.tensor(seqlens, dtype=torch.int64)
+            seqlens = torch.tensor(seqlens, dtype=torch.int64, device="cpu")  # whatever the default device is
         if seqlens.is_floating_point() or seqlens.dtype is torch.bool or seqlens.is_complex():
             raise InputTypeError(
                 f"KeyPadding: seqlens counts keys, so it must be an integer tensor, got {seqlens.dtype}"

@@ -3,7 +3,7 @@
 Called by the bindings behind F.scaled_dot_product_attention: as fast, differentiable, and blind to the process-wide
 `sdpa_kernel` switch, so that it certainly runs what it names.
 
-The CPU op reports an LSE of 0.0 for a row without keys; the CUDA op +inf. Both are put right here.
+The CPU op reports an LSE of 0.0 for a row without keys; the CUDA op +inf. Both are put right.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from ..capabilities import ANY_DIM, Backward, Capabilities, Refusal
 from ..cost import Cost
 from ..kernel import Bound, Kernel
 from ..problem import Problem
-from .dense import HALF, MASKED, beside, empty_rows, of_rank_four
+from .dense import HALF, MASKED, beside, of_rank_four
+from .flash_lse import FlashWithLse
 
 _cpu = torch._scaled_dot_product_flash_attention_for_cpu
 _cuda = torch._scaled_dot_product_flash_attention
@@ -43,10 +44,10 @@ def run(
     mask = None
     if isinstance(bias, TensorBias):
         mask = of_rank_four(beside(bias, query.dtype))
-    out, lse = _cpu(query, key, value, 0.0, mask is None and bias is not None, attn_mask=mask, scale=scale)
-    if not return_lse:
-        return out
-    return out, lse if mask is None else lse.masked_fill(empty_rows(mask), MASKED)
+    causal = mask is None and bias is not None
+    if return_lse:
+        return FlashWithLse.apply(query, key, value, mask, causal, scale)  # type: ignore[no-untyped-call]
+    return _cpu(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)[0]
 
 
 def _run_cuda(
@@ -77,9 +78,9 @@ def refuse(problem: Problem) -> Iterator[Refusal]:
         yield Refusal("backward.head_dims", text)
     # Both ops mask before they scale: 0 * -inf is NaN, and a negative scale turns -inf into +inf.
     if problem.is_cuda and problem.scale <= 0:  # the end of the last tile is masked, too
-        yield Refusal("scale", f"takes a scale above 0, got {problem.scale:g}")
+        yield Refusal("scale", f"takes a scale above 0, got {problem.scale}")
     elif problem.scale <= 0 and isinstance(problem.bias, Causal):
-        yield Refusal("bias", f"takes Causal with a scale above 0, got {problem.scale:g}")
+        yield Refusal("bias", f"takes Causal with a scale above 0, got {problem.scale}")
 
 
 ON_CPU = Capabilities(
@@ -87,7 +88,7 @@ ON_CPU = Capabilities(
     dtypes={torch.float32, torch.float64, torch.float16, torch.bfloat16},
     head_dims=ANY_DIM,
     biases={Causal("top-left"), TensorBias},
-    backward=Backward(deterministic=True),
+    backward=Backward(lse_grad=True, deterministic=True),
     gqa=True,
     return_lse=True,
     deterministic=True,

@@ -33,7 +33,7 @@ def run(
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention  # about a second: it loads dynamo
 
     tracing = torch.compiler.is_compiling()
-    flex = flex_attention if tracing or not query.is_cuda else _compiled()
+    flex: Any = flex_attention if tracing or not query.is_cuda else _compiled()
     block_mask = None
     if isinstance(bias, Mask):
         fresh = tracing or bias.holds_data
