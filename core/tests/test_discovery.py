@@ -158,7 +158,11 @@ BAD = {
     ),
     "hook returns None": (HEAD + "@hookimpl\ndef attn_kernels():\n    pass", "TypeError"),
     "wrong type": (HEAD + "@hookimpl\ndef attn_kernels():\n    yield 'bad/sdpa'", "must yield Kernel, got 'bad/sdpa'"),
-    "misspelt hook": (HEAD + "@hookimpl\ndef attn_kernel():\n    yield", "attn_kernel"),
+    "misspelt hook": (HEAD + "@hookimpl\ndef attn_kernel():\n    yield", "unknown hook 'attn_kernel'"),
+    "misspelt hook beside a good one": (
+        HELLO.replace("hello/", "bad/") + "\n\n@hookimpl\ndef attn_kernel():\n    yield\n",
+        "unknown hook 'attn_kernel'",
+    ),
     "hook without hookimpl": (HELLO.replace("@hookimpl\n", ""), "no hook attn_kernels"),
     "no hook": ("", "no hook attn_kernels"),
     "hook with an argument": (HEAD + "@hookimpl\ndef attn_kernels(device):\n    yield", "device"),

@@ -45,8 +45,17 @@ def test_allow_refuses_another_word_by_name(monkeypatch):
         read_environment()
 
 
-def test_a_word_that_allow_does_not_know_is_told_at_import():
-    code = "import os; os.environ['ATTN_ALLOW'] = 'fast'; import attn_core"
+def test_a_word_that_allow_does_not_know_fails_the_first_call_and_not_the_import():
+    code = """
+import os
+
+os.environ["ATTN_ALLOW"] = "fast"
+import attn_core, torch
+
+print("imported")
+attn_core.attention(*(torch.ones(1, 2, 1, 4) for _ in range(3)))
+"""
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.stdout == "imported\n"
     assert ended.returncode == 1
     assert ended.stderr.strip().endswith("InputError: ATTN_ALLOW: takes approximate; got 'fast'")

@@ -330,6 +330,19 @@ def test_a_kernel_registered_anew_has_no_past():
         assert ran() == "toy/ones"
 
 
+def test_a_kernel_that_fails_after_it_was_taken_out_leaves_nothing_to_the_next_of_its_name():
+    def run(query, key, value, *, scale):
+        handle.unregister()
+        raise OutOfLuckError
+
+    handle = register(toy(run=run))
+    with pytest.raises(OutOfLuckError):
+        attention(X, X, X)
+    with register(toy()):
+        assert explain(X, X, X)["toy/ones"].reasons == ()
+        assert ran() == "toy/ones"
+
+
 def test_an_error_in_one_call_does_not_stop_a_later_one():
     luck = [OutOfLuckError("first"), None]
 
