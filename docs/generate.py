@@ -28,8 +28,8 @@ from typing import Any
 
 import attn_core
 import click
-from attn_core import Backward, Capabilities, Cost, Kernel, hookspecs
-from attn_core.cli.declared import listed, remaining, sizes
+from attn_core import AttnBias, Backward, Capabilities, Cost, Kernel, hookspecs
+from attn_core.cli.declared import listed, sizes
 from attn_core.cli.group import BUILT_IN
 from attn_core.torch_kernels import attn_kernels
 
@@ -84,7 +84,7 @@ def signature(name: str) -> str:
         if parameter.kind is parameter.KEYWORD_ONLY and not star:
             texts.append("*")
             star = True
-        prefix = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        prefix = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}.get(parameter.kind.name, "")
         star = star or prefix == "*"
         default = "" if parameter.default is parameter.empty else f" = {shown(parameter.default)}"
         texts.append(f"{prefix}{parameter.name}: {annotation(parameter.annotation)}{default}")
@@ -107,7 +107,7 @@ def shown(value: Any) -> str:
     """A default value, in words."""
     if value == attn_core.ANY_DIM:
         return "ANY_DIM"
-    return repr(value)
+    return repr(value).replace("'", '"')
 
 
 # Tables
@@ -128,26 +128,23 @@ def kernels() -> list[Kernel]:
 def kernels_in_short() -> list[list[str]]:
     """One row per kernel of the built-in plugin and group of devices."""
     rows = [["kernel", "device", "dtypes", "biases", "also", "gradients"]]
-    columns = ("devices", "dtypes", "biases", "backward", "head_dims", "head_dims_v", "compile", "empty_lengths")
-    columns += ("strided_head_dim", "deterministic", "forward_ad", "min_compute_capability", "numerics")
+    options = {"gqa": "GQA", "softcap": "softcap", "dropout": "dropout", "return_lse": "LSE"}
     for kernel in kernels():
         for declared in kernel.declarations:
-            also = [
-                word.replace("return_lse", "LSE").upper().replace("SOFTCAP", "softcap")
-                for word in remaining(declared, columns)
-            ]
-            also = [word.replace("DROPOUT", "dropout") for word in also]
             backward = declared.backward
-            gradients = "no"
+            gradients = []
             if isinstance(backward, Backward):
-                gradients = ", ".join(
-                    ["q, k, v", *(["bias"] if backward.bias_grad else []), *(["LSE"] if backward.lse_grad else [])]
-                )
-            name = "any" if "*" in declared.devices else listed(declared.devices)
-            kinds = listed(declared.biases).replace("AttnBias", "any bias").replace(", KeyPadding", "")
-            rows.append(
-                [f"`{kernel.name}`", name, listed(declared.dtypes), kinds or "none", ", ".join(also) or NO, gradients]
-            )
+                given = {"bias": backward.bias_grad, "LSE": backward.lse_grad}
+                gradients = ["q, k, v", *(name for name, does in given.items() if does)]
+            row = [
+                f"`{kernel.name}`",
+                "any" if "*" in declared.devices else listed(declared.devices),
+                listed(declared.dtypes),
+                "any" if AttnBias in declared.biases else listed(declared.biases),
+                ", ".join(word for field, word in options.items() if getattr(declared, field)),
+                ", ".join(gradients),
+            ]
+            rows.append([cell or NO for cell in row])
     return rows
 
 
@@ -197,11 +194,11 @@ def fields_of(name: str) -> list[list[str]]:
     meanings = comments(cls)
     rows = [["field", "type", "default", "meaning"]]
     for field in fields(cls):
-        default = "required" if field.default is MISSING and field.default_factory is MISSING else ""
-        if not default:
-            default = f"`{field.default_factory() if field.default is MISSING else shown(field.default)!s}`"
-        if field.default is not MISSING and field.default == "":
-            default = '`""`'
+        default = "required"
+        if field.default is not MISSING:
+            default = f"`{shown(field.default)}`"
+        elif field.default_factory is not MISSING:
+            default = f"`{shown(field.default_factory())}`"
         rows.append([f"`{field.name}`", f"`{field.type}`", default, meanings[field.name]])
     return rows
 

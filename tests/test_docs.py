@@ -128,6 +128,19 @@ def test_the_hook_has_its_signature_in_the_reference():
     assert "```python signature attn_kernels\nattn_kernels() -> Iterable[Kernel]\n```" in reference("plugins.md")
 
 
+@pytest.mark.parametrize("name", attn_core.testing.__all__)
+def test_every_name_for_tests_of_plugins_is_in_the_reference(name):
+    assert f"`{name}" in reference("testing.md")
+
+
+def test_every_argument_that_the_integration_of_transformers_refuses_is_documented():
+    from attn_core.integrations import transformers
+
+    page = text_of(ROOT / "docs" / "how-to" / "use-with-transformers.md")
+    documented = {name for cells in first_cells(page) for name in cells}
+    assert {*transformers.UNSUPPORTED, *transformers.PACKED} <= documented
+
+
 def records():
     return [n for n in attn_core.__all__ if is_dataclass(getattr(attn_core, n)) and n not in ("Causal", "Window")]
 
