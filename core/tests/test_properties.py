@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 SEED = 20261121
-PROBLEMS = 1100
+PROBLEMS = 1050
 #: Kernels that must have taken at least so many of the problems.
 ACCEPTED = {"torch/flash": 100, "torch/math": 100, "torch/reference": 100, "torch/flex": 100}
 #: How often each thing that a kernel may declare must have been asked for.
