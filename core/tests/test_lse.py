@@ -128,14 +128,55 @@ def test_a_half_without_any_allowed_key_joins_as_nothing(name):
     torch.testing.assert_close(lse, all_of_it[1].double(), rtol=0, atol=1e-7)
 
 
-def test_a_gradient_through_the_lse_goes_to_the_one_kernel_that_has_it():
-    problem = replace(BASE, requires_grad=True)
-    told = explain_problem(problem)
-    assert told.chosen == "torch/reference"
-    assert "lse_grad" in told["torch/flash"].refused_fields
-    (results,) = differences(problem, build(problem, seed=5), by_kernel("torch/reference"))
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("name", ["torch/flash", "torch/reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_a_gradient_flows_through_the_lse_where_it_is_declared(name, dtype, bias):
+    seqlen_q = 12 if bias == "causal with empty rows" else 6
+    given = None if BIASES[bias] is None else BIASES[bias].bind(seqlen_q, 9)
+    asked = None if given is None else given.without_data()
+    problem = replace(BASE, requires_grad=True, seqlen_q=seqlen_q, dtype=dtype, bias=asked)
+    assert explain_problem(problem)[name].seconds is not None
+    (results,) = differences(problem, build(problem, seed=5, bias=given), by_kernel(name))
     assert [result.name for result in results] == ["out", "lse", "dq", "dk", "dv"]
     assert all(results), "\n".join(map(str, results))
+
+
+def of_both(call):
+    """A loss that out and LSE enter."""
+
+    def loss(*operands):
+        out, lse = call(*operands)
+        return (out.square().sum() + lse.sin().sum()).double()
+
+    return loss
+
+
+def with_lse(*operands):
+    return attention(*operands, scale=0.25, return_lse=True)
+
+
+def by_definition(*operands):
+    return reference_attention(*operands, scale=0.25)
+
+
+def test_func_grad_and_vmap_through_the_lse_equal_the_reference():
+    inputs = build(replace(BASE, dtype=torch.float64), seed=7)
+    x = inputs.query, inputs.key, inputs.value
+    got, wanted = (torch.func.grad(of_both(call), argnums=(0, 1, 2))(*x) for call in (with_lse, by_definition))
+    torch.testing.assert_close(got, wanted)
+    each = [torch.stack([y, 2 * y, 3 * y]) for y in x]
+    torch.testing.assert_close(torch.func.vmap(with_lse)(*each), torch.func.vmap(by_definition)(*each))
+    per_sample = [torch.func.vmap(torch.func.grad(of_both(call)))(*each) for call in (with_lse, by_definition)]
+    torch.testing.assert_close(*per_sample)
+
+
+def test_jvp_through_the_lse_equals_the_reference():
+    inputs = build(replace(BASE, dtype=torch.float64), seed=8)
+    x = inputs.query, inputs.key, inputs.value
+    tangents = tuple(y.cos() for y in x)
+    got, wanted = (torch.func.jvp(call, x, tangents) for call in (with_lse, by_definition))
+    torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -26,21 +26,27 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 class FlashWithLse(torch.autograd.Function):
     """`(query, key, value, mask, causal, scale) -> (out, lse)`, heads-first, differentiable in query, key and value."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
+        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
         out, lse = _forward(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
-        ctx.save_for_backward(query, key, value, mask, out, lse)
-        ctx.causal, ctx.scale = causal, scale
         return out, lse if mask is None else lse.masked_fill(empty_rows(mask), MASKED)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        query, key, value, mask, ctx.causal, ctx.scale = inputs
+        ctx.save_for_backward(query, key, value, mask, *output)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mask, out, lse = ctx.saved_tensors
         one, none = (0, 1), (None, None, None)
-        if mask is not None:  # a row without keys has a constant LSE
-            grad_lse = grad_lse.masked_fill(empty_rows(mask), 0.0)
+        if mask is not None:  # a row without keys has a constant LSE, which the op calls 0
+            empty = lse == MASKED
+            grad_lse, lse = grad_lse.masked_fill(empty, 0.0), lse.masked_fill(empty, 0.0)
         grads = _backward(
             pad(grad_out, one, value=1.0),
             pad(query, one),
