@@ -107,11 +107,6 @@ def scale_zero_with_causal_is_nan() -> bool:
     return bool(flash_op(*heads_first(), 0.0, True, scale=0.0)[0].isnan().any())
 
 
-def the_lse_has_no_gradient() -> bool:
-    out, lse = flash_op(*heads_first(requires_grad=True))
-    return out.requires_grad and not lse.requires_grad
-
-
 def the_second_result_is_not_the_lse() -> bool:
     return math_op(*heads_first())[1].shape == (2, 4, 5, 7)
 
@@ -148,7 +143,6 @@ EVIDENCE: dict[tuple[str, str], Callable[[], bool] | str] = {
     (FLASH, "bias_grad"): raises(
         lambda: flash_op(*heads_first(), attn_mask=torch.zeros(1, 1, 5, 7, requires_grad=True))
     ),
-    (FLASH, "lse_grad"): the_lse_has_no_gradient,
     (MATH, "bias: Causal"): bottom_right_is_not_what_the_op_does,
     (MATH, "bias: Window"): lacks(math_op, "window"),
     (MATH, "bias: KeyPadding"): padding_leaks,
