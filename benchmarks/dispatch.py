@@ -40,6 +40,7 @@ LIMITS = {
     "attention, held Causal": LIMIT_WITH_MORE,
     "attention, held TensorBias": LIMIT_WITH_MORE,
     "attention, Causal built per call": LIMIT_WITH_MORE,
+    "attention, TensorBias built per call": LIMIT_WITH_MORE,
     "attention, tensor given as it is": LIMIT_WITH_MORE,
     "attention, slices of packed qkv": LIMIT_WITH_MORE,
     "plan": LIMIT_PLAN,
