@@ -232,6 +232,30 @@ def test_irregular_limits_are_asked_only_of_problems_that_the_regular_ones_cover
     assert verdict.reasons == ("seqlen_q: takes multiples of 4, got 6",)
 
 
+def raises(problem):
+    raise KeyError("no such table")
+
+
+OWN_LIMITS = {
+    "raises": (raises, "refuse: its own limits raised KeyError: 'no such table'"),
+    "answers None": (
+        lambda problem: None,
+        "refuse: its own limits raised TypeError: 'NoneType' object is not iterable",
+    ),
+    "yields a string": (lambda problem: ["too long"], "refuse: its own limits must yield Refusal, got 'too long'"),
+}
+
+
+@pytest.mark.parametrize(("refuse", "reason"), OWN_LIMITS.values(), ids=OWN_LIMITS)
+def test_limits_that_fail_are_a_reason_against_their_kernel_and_cost_no_call(refuse, reason):
+    x = torch.randn(1, 4, 2, 8)
+    with register(kernel(refuse=refuse, costs={"cpu": Cost(call=0.0)})):
+        explained = explain(x, x, x)
+        assert explained.chosen not in (None, "toy/a")
+        assert explained["toy/a"].reasons == (reason,)
+        torch.testing.assert_close(attention(x, x, x), attention(x, x, x, kernel="torch/math"))
+
+
 def test_a_kernel_that_says_nothing_of_its_speed_changes_no_choice():
     x = torch.randn(1, 256, 2, 8)
     before = explain(x, x, x).chosen

@@ -14,6 +14,7 @@ from attn_core import (
     InputError,
     Kernel,
     KernelRefusedError,
+    Refusal,
     UnknownKernelError,
     allow,
     attention,
@@ -23,6 +24,7 @@ from attn_core import (
     refresh,
     register,
 )
+from attn_core.registry import registry
 from attn_core.scope import SCOPES_KEPT, TABLE_SIZE, Settings, current, mirror, scope_for
 
 X = torch.randn(1, 4, 2, 8, generator=torch.Generator().manual_seed(0))
@@ -270,8 +272,6 @@ def counter():
 
     def refuse(problem):
         counted.append(problem)
-        from attn_core import Refusal
-
         yield Refusal("seqlen_q", "counts only")
 
     cpu = Capabilities(devices={"cpu"}, dtypes={torch.float32}, head_dims={8})
@@ -314,7 +314,7 @@ def test_a_scope_that_says_nothing_new_shares_the_table_of_the_one_around_it(cou
 def test_a_table_is_bounded_and_the_oldest_choice_goes_first():
     scope = scope_for(Settings(prefer=("torch/math", "of this test")))
     for i in range(TABLE_SIZE + 10):
-        scope.keep(i, len)
+        scope.keep(i, len, registry.generation)
     assert len(scope) == TABLE_SIZE
     assert 9 not in scope
     assert 10 in scope
@@ -357,6 +357,25 @@ def test_an_open_scope_forgets_its_choices_too_though_its_table_is_no_longer_kep
         finally:
             handle.unregister()
         assert not torch.equal(attention(X, X, X), torch.ones_like(X))
+
+
+def test_a_choice_that_was_overtaken_by_a_change_is_not_kept():
+    handles = []
+
+    def refuse(problem):
+        if not handles:  # a better kernel comes while the choice is made
+            handles.append(register(always("toy/late")))
+        return [Refusal("seqlen_q", "never")]
+
+    def run(query, key, value, *, scale):
+        raise AssertionError
+
+    overtaken = torch.randn(1, 7, 2, 8)
+    cpu = Capabilities(devices={"cpu"}, dtypes={torch.float32}, head_dims={8})
+    with register(Kernel(name="toy/slow", run=run, capabilities=cpu, refuse=refuse)):
+        attention(overtaken, overtaken, overtaken)
+        with handles[0]:
+            assert torch.equal(attention(overtaken, overtaken, overtaken), torch.ones_like(overtaken))
 
 
 def test_two_threads_in_scopes_of_the_same_settings_share_one_table():

@@ -86,13 +86,14 @@ def call(
         choice = run = None
     if run is None:
         bias = as_bias(bias)
+        generation = registry.generation
         run = decide(scope, door, query, key, value, bias, scale, softcap, dropout_p, return_lse, kernel)
         if choice is not None and choice[0]:
-            scope.keep(choice, run)
+            scope.keep(choice, run, generation)
     try:
         return run(query, key, value, bias)
     except Exception as error:
-        _explain_failure(run, error)
+        explain_failure(run, error)
         raise
 
 
@@ -244,7 +245,7 @@ def stock_sdpa(
     return _stock_sdpa(query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=door == SDPA_GQA)
 
 
-def _explain_failure(run: Bound, error: Exception) -> None:
+def explain_failure(run: Bound, error: Exception) -> None:
     """Names the kernel and the problem in an error that a kernel raised, and remembers it; its type stays."""
     candidate: Candidate | None = getattr(run, "candidate", None)
     if candidate is None or isinstance(error, AttnError):

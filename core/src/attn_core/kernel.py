@@ -105,8 +105,18 @@ class Kernel:
         """Every reason why this kernel, as it is, does not take `problem`; `limits`: also those of `refuse`."""
         found = self.declaration(problem).refusals(problem)
         if limits and self.refuse is not None and not found:  # an irregular limit may rely on the regular ones
-            found = list(self.refuse(problem))
+            found = self._own_refusals(problem)
         return found
+
+    def _own_refusals(self, problem: Problem) -> list[Refusal]:
+        """What `refuse` yields; a plugin's error there is a reason not to take its kernel, not to fail the call."""
+        assert self.refuse is not None
+        try:
+            found = list(self.refuse(problem))
+        except Exception as error:
+            return [Refusal("refuse", f"its own limits raised {type(error).__name__}: {error}")]
+        odd = [refusal for refusal in found if not isinstance(refusal, Refusal)]
+        return [Refusal("refuse", f"its own limits must yield Refusal, got {odd[0]!r}")] if odd else found
 
     def cost(self, device: str) -> Cost:
         return self.costs.get(device) or self.costs.get("*", UNDECLARED)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .bias import AttnBias, as_bias
-from .dispatch import _explain_failure, decide
+from .dispatch import decide, explain_failure
 from .errors import InputTypeError, PlanError
 from .explain import Explanation, door_of, weighed
 from .kernel import Bound
@@ -108,7 +108,7 @@ class Plan:
                 return self._recorded()(query, key, value, bias)
             return self._run(query, key, value, bias)
         except Exception as error:
-            _explain_failure(self._run, error)
+            explain_failure(self._run, error)
             raise
 
     def explain(self) -> Explanation:

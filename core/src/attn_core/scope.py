@@ -65,9 +65,14 @@ class Scope(dict[Any, Callable[..., Any]]):
         """Asks the environment again, at next use."""
         self._settings = None
 
-    def keep(self, key: Any, run: Callable[..., Any]) -> None:
-        """Stores a choice, dropping the oldest where the table is full."""
+    def keep(self, key: Any, run: Callable[..., Any], generation: int) -> None:
+        """Stores a choice made at that generation of the registry, dropping the oldest where the table is full.
+
+        Kernels may have come or gone while it was made: then it is for this call alone.
+        """
         with _lock:
+            if generation != registry.generation:
+                return
             while len(self) >= TABLE_SIZE:
                 del self[next(iter(self))]
             self[key] = run
