@@ -448,6 +448,13 @@ CUDA_REFUSALS = {
         "return_lse",
     ),
     "efficient takes multiples of 8": ("torch/efficient", {"head_dim": 60, "head_dim_v": 60}, "head_dim"),
+    "efficient takes no bfloat16 before Ampere": ("torch/efficient", {"compute_capability": (7, 5)}, "dtype"),
+    "efficient masks before it scales": (
+        "torch/efficient",
+        {"bias": Causal("top-left").bind(5, 7), "scale": 0.0},
+        "bias",
+    ),
+    "cudnn is not asked for a scale of 0": ("torch/cudnn", {"scale": 0.0}, "scale"),
     "efficient takes no float64": ("torch/efficient", {"dtype": torch.float64}, "dtype"),
     "efficient has no backward under determinism": (
         "torch/efficient",

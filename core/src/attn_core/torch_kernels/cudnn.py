@@ -33,6 +33,8 @@ def refuse(problem: Problem) -> Iterator[Refusal]:
         yield Refusal("bias", f"takes a causal mask where the lengths are equal, got {lengths}")
     if problem.seqlen_kv == 1:
         yield Refusal("seqlen_kv", "takes 2 or more keys, got 1")
+    if problem.scale <= 0:  # not documented to work, and a rare thing to ask for
+        yield Refusal("scale", f"takes a scale above 0, got {problem.scale}")
 
 
 def probe() -> Unusable | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..bias import AttnBias, Causal, TensorBias
-from ..capabilities import Backward, Capabilities
+from ..capabilities import Backward, Capabilities, Refusal
 from ..cost import Cost
 from ..kernel import Kernel, Unusable
+from ..problem import Problem
 from .dense import additive, of_rank_four
 
 _efficient = torch._scaled_dot_product_efficient_attention
@@ -50,6 +52,14 @@ def aligned(bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return bias.expand(query.shape[0], query.shape[1], query.shape[2], seqlen_kv)
 
 
+def refuse(problem: Problem) -> Iterator[Refusal]:
+    got = problem.compute_capability
+    if problem.dtype is torch.bfloat16 and got is not None and got < (8, 0):
+        yield Refusal("dtype", f"takes float16, float32 before sm_80, got bfloat16 on sm_{got[0]}{got[1]}")
+    if problem.scale <= 0 and isinstance(problem.bias, Causal):  # masks before it scales: 0 * -inf is NaN
+        yield Refusal("bias", f"takes Causal with a scale above 0, got {problem.scale}")
+
+
 def probe() -> Unusable | None:
     """Whether this torch has CUDA at all."""
     return None if torch.backends.cuda.is_built() else Unusable("unavailable", "this torch is built without CUDA")  # type: ignore[no-untyped-call]
@@ -71,6 +81,7 @@ KERNEL = Kernel(
         min_compute_capability=(5, 0),
     ),
     layout="heads-first",
+    refuse=refuse,
     probe=probe,
     costs={"cuda": Cost(call=15e-6, pair_dim=16e-15, pair=0.6e-12, token_dim=1e-12, mask=2e-12)},
     skips={Causal},
