@@ -242,6 +242,16 @@ REFUSED = {
         {"attn_mask": torch.zeros(3, 5, 7)},
         "made for num_heads=3, got num_heads=4",
     ),
+    "a mask of more dimensions than the operands": (
+        ((4, 5, 8), (4, 7, 8), (4, 7, 8)),
+        {"attn_mask": torch.zeros(2, 4, 5, 7)},
+        r"attn_mask: shape \[2, 4, 5, 7\] does not broadcast to \[num_heads, seqlen_q, seqlen_kv\]",
+    ),
+    "a mask of other leading dimensions": (
+        ((1, 3, 4, 5, 8), (1, 3, 4, 7, 8), (1, 3, 4, 7, 8)),
+        {"attn_mask": torch.zeros(2, 3, 4, 5, 7)},
+        r"attn_mask: shape \[2, 3, 4, 5, 7\] does not broadcast to \[1, 3, num_heads, seqlen_q, seqlen_kv\]",
+    ),
     "a mask of another batch": (
         ((2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 8)),
         {"attn_mask": torch.zeros(3, 1, 5, 7)},

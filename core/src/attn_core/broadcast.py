@@ -101,4 +101,8 @@ def _folded_bias(tensor: Tensor, lead: tuple[int, ...]) -> Tensor:
         return tensor
     if math.prod(tensor.shape[:-3]) == 1:
         return tensor.reshape(tensor.shape[-3:])
+    given = tensor.shape[:-3]
+    if len(given) > len(lead) or any(n not in (1, size) for n, size in zip(reversed(given), reversed(lead))):
+        wanted = ", ".join([*map(str, lead), "num_heads", "seqlen_q", "seqlen_kv"])
+        raise InputError(f"attn_mask: shape {list(tensor.shape)} does not broadcast to [{wanted}]")
     return tensor.expand(*lead, *tensor.shape[-3:]).reshape(math.prod(lead), *tensor.shape[-3:])
