@@ -262,3 +262,12 @@ def test_an_error_in_a_planned_run_names_kernel_and_problem(operands):
         told = "\n".join(getattr(error.value, "__notes__", map(str, error.value.args)))
         assert "raised by kernel 'toy/raises' on: batch 2, seqlen 6x8" in told
         assert "launch failed" in planned.explain()["toy/raises"].reasons[0]
+
+
+def test_a_plan_made_without_gradients_is_not_for_operands_that_need_them_later():
+    inputs = [torch.randn(2, 5, 4, 8, requires_grad=True) for _ in range(3)]
+    with torch.no_grad():
+        made = plan(*inputs)
+        made(*inputs)
+    with pytest.raises(PlanError, match="requires_grad: made for False, got True"):
+        made(*inputs)

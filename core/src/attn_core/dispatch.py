@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import recent
 from .bias import AttnBias, Causal, TensorBias, as_bias
 from .bind import bind, under_autocast
 from .bind import heads_of as layout_of
@@ -52,7 +53,38 @@ def call(
 ) -> Any:
     """Runs one attention call by the kernel chosen for it."""
     scope = current.get()
+    options = (
+        door,
+        scale,
+        softcap,
+        dropout_p,
+        return_lse,
+        kernel,
+        _is_grad_enabled(),
+        _is_deterministic(),
+        forward_ad._current_level,
+    )
+    for check, kind, bias_key, seen, run in scope.recent:
+        if seen == options:
+            if kind is None:
+                found = bias is None and check(query, key, value)
+            elif kind is TensorBias:
+                found = type(bias) is TensorBias and bias.lengths == bias_key and check(query, key, value, bias.tensor)
+            else:
+                found = type(bias) is kind and bias.key == bias_key and check(query, key, value)
+            if found:
+                try:
+                    return run(query, key, value, bias)
+                except Exception as error:
+                    explain_failure(run, error)
+                    raise
+    return _by_table(scope, options, query, key, value, bias)
+
+
+def _by_table(scope: Scope, options: tuple[Any, ...], query: Tensor, key: Tensor, value: Tensor, bias: Any) -> Any:
+    """Runs a call that was not among those seen last."""
     choice: Any
+    run: Any
     try:
         dtype, device = query.dtype, query.device
         choice = (
@@ -61,25 +93,18 @@ def call(
             and value.dtype is dtype
             and key.device == device
             and value.device == device,
-            door,
+            _is_any_autocast() and autocast_dtype(device.type),
             query.shape,
             key.shape,
             value.shape,
             dtype,
             device,
-            _is_grad_enabled() and 1 + (query.requires_grad or key.requires_grad or value.requires_grad),
+            query.requires_grad or key.requires_grad or value.requires_grad,
             query.is_contiguous() or query.stride(),
             key.is_contiguous() or key.stride(),
             value.is_contiguous() or value.stride(),
-            _is_deterministic(),
-            _is_any_autocast() and autocast_dtype(device.type),
-            forward_ad._current_level,
             None if bias is None else bias.key,
-            scale,
-            softcap,
-            dropout_p,
-            return_lse,
-            kernel,
+            options,
         )
         run = scope.get(choice)
     except (AttributeError, RuntimeError, TypeError):  # no tensor, nested, symbolic, or a foreign bias
@@ -87,9 +112,14 @@ def call(
     if run is None:
         bias = as_bias(bias)
         generation = registry.generation
+        door, scale, softcap, dropout_p, return_lse, kernel, *_ = options
         run = decide(scope, door, query, key, value, bias, scale, softcap, dropout_p, return_lse, kernel)
         if choice is not None and choice[0]:
+            if not choice[1]:  # a guard object tells that autocast is on, but not for which dtype
+                run.entry = recent.entry(query, key, value, bias, options, run)
             scope.keep(choice, run, generation)
+    elif run.entry is not None:
+        scope.see(run.entry)
     try:
         return run(query, key, value, bias)
     except Exception as error:
@@ -200,6 +230,7 @@ def as_under_autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _made_for(run: Bound, candidate: Candidate | None, problem: Problem | None) -> Bound:
     run.candidate = candidate  # type: ignore[attr-defined]
     run.problem = problem  # type: ignore[attr-defined]
+    run.entry = None  # type: ignore[attr-defined]
     return run
 
 

@@ -6,6 +6,7 @@ for. `unchecked=True` skips that as well, and carries the precondition in its na
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .errors import InputTypeError, PlanError
 from .explain import Explanation, door_of, weighed
 from .kernel import Bound
 from .problem import Problem
+from .recent import guard
 from .record import recording
 from .scope import Settings, current, scope_for
 
@@ -59,7 +61,13 @@ def plan(
         raise InputTypeError("plan: takes plain tensors; what the core does not model goes to torch call by call")
     if not query.dtype is key.dtype is value.dtype:
         raise InputTypeError("plan: takes operands of one dtype; cast them as autocast would, then plan")
-    return run if unchecked else Plan(run, given, _seen(query, key, value), settings, kernel)
+    if unchecked:
+        return run
+    expected = _seen(query, key, value)
+    # A guard object sees requires_grad, but not whether gradients are on.
+    mode = _is_grad_enabled() if query.requires_grad or key.requires_grad or value.requires_grad else None
+    check = guard([query, key, value]) or _unknown
+    return Plan(run, given, expected, check, mode, settings, kernel)
 
 
 class Plan:
@@ -68,10 +76,28 @@ class Plan:
     A bias is part of a plan. One that holds data may be given anew, with the same shape, dtype and device.
     """
 
-    __slots__ = ("_bias", "_bias_key", "_expected", "_insisted", "_run", "_same", "_settings", "kernel", "problem")
+    __slots__ = (
+        "_bias",
+        "_bias_key",
+        "_check",
+        "_expected",
+        "_insisted",
+        "_mode",
+        "_run",
+        "_settings",
+        "kernel",
+        "problem",
+    )
 
     def __init__(
-        self, run: Bound, bias: AttnBias | None, expected: tuple[Any, ...], settings: Settings, insisted: str | None
+        self,
+        run: Bound,
+        bias: AttnBias | None,
+        expected: tuple[Any, ...],
+        check: Callable[..., bool],
+        mode: bool | None,
+        settings: Settings,
+        insisted: str | None,
     ) -> None:
         self._run = run
         self._settings = settings
@@ -79,28 +105,16 @@ class Plan:
         self._bias = bias
         self._bias_key = None if bias is None else bias.key
         self._expected = expected
-        self._same = *expected[:4], *expected[8:]  # operands agree in dtype and device
+        self._check = check
+        self._mode = mode
         self.kernel: str = run.candidate.kernel.name  # type: ignore[attr-defined]
         self.problem: Problem = run.problem  # type: ignore[attr-defined]
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, bias: AttnBias | Tensor | None = None) -> Any:
         """Runs the plan. Raises PlanError for operands other than it was made for."""
-        query_shape, key_shape, value_shape, dtype, device, grad, query_stride, key_stride, value_stride = self._same
-        if not (
-            query.shape == query_shape
-            and key.shape == key_shape
-            and value.shape == value_shape
-            and query.dtype is dtype
-            and key.dtype is dtype
-            and value.dtype is dtype
-            and query.device == device
-            and key.device == device  # a kernel would read a pointer of another device
-            and value.device == device
-            and (_is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)) is grad
-            and (query.is_contiguous() or query.stride()) == query_stride
-            and (key.is_contiguous() or key.stride()) == key_stride
-            and (value.is_contiguous() or value.stride()) == value_stride
-        ):
+        # What the guard object does not recognise may fit all the same: it minds whether autocast is on, for one.
+        recognised = (self._mode is None or self._mode is _is_grad_enabled()) and self._check(query, key, value)
+        if not recognised and _seen(query, key, value) != self._expected:
             self._refuse(query, key, value)
         bias = self._bias if bias is None else self._given(bias)
         try:
@@ -154,8 +168,13 @@ _SEEN = (
 )
 
 
+def _unknown(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Stands for a guard object where there is none: nothing is recognised, everything is compared."""
+    return False
+
+
 def _seen(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
-    """What a plan checks, in the order of `_SEEN`; `Plan.__call__` has it written out, since a call is dear there."""
+    """What a plan checks, in the order of `_SEEN`."""
     operands = (query, key, value)
     return (
         *(tensor.shape for tensor in operands),

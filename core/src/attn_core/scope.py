@@ -24,6 +24,7 @@ import torch
 
 from .environment import check_allowed, read_environment
 from .errors import InputError
+from .recent import KEPT, Entry
 from .registry import registry
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class Scope(dict[Any, Callable[..., Any]]):
         super().__init__()
         self._settings = settings
         self.recorders = recorders
+        #: The calls seen last, tried before the table.
+        self.recent: tuple[Entry, ...] = ()
         with _lock:
             _alive[id(self)] = self
 
@@ -76,6 +79,14 @@ class Scope(dict[Any, Callable[..., Any]]):
             while len(self) >= TABLE_SIZE:
                 del self[next(iter(self))]
             self[key] = run
+
+    def see(self, entry: Entry) -> None:
+        """Puts a call first among those seen last."""
+        self.recent = (entry, *[other for other in self.recent if other is not entry][: KEPT - 1])
+
+    def clear(self) -> None:
+        super().clear()
+        self.recent = ()
 
 
 _lock = threading.RLock()
