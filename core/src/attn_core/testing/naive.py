@@ -8,6 +8,7 @@ its exponentials with an error of 3e-5, far below what the dtype can hold.)
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -88,7 +89,7 @@ def terms_of(
     return Terms(
         out=(weights @ value.abs()).transpose(1, 2),
         # The LSE is float32 also where the terms of its sum, relative to the largest, are exact to `dtype` only.
-        lse=largest.squeeze(-1) + torch.finfo(dtype).eps / torch.finfo(wide).eps,
+        lse=largest.squeeze(-1) + math.log(max(logits.shape[-1], 1)) + torch.finfo(dtype).eps / torch.finfo(wide).eps,
         query=(size * (to_logits @ key.abs())).transpose(1, 2),
         key=grouped(size * (to_logits.mT @ query.abs())),
         value=grouped(weights.mT @ grad),
