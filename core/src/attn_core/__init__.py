@@ -23,6 +23,7 @@ from .explain import Explanation, Verdict, explain, explain_problem
 from .functional import attention, scaled_dot_product_attention
 from .hookspecs import hookimpl
 from .kernel import Kernel, Unusable
+from .merge import merge
 from .plan import Plan, plan
 from .problem import Problem
 from .record import Recorder, Row, record
@@ -74,6 +75,7 @@ __all__ = [
     "is_available",
     "kernel",
     "kernels",
+    "merge",
     "plan",
     "plugins",
     "prefer",
