@@ -64,7 +64,8 @@ def call(
         _is_deterministic(),
         forward_ad._current_level,
     )
-    for check, kind, bias_key, seen, run in scope.recent:
+    run: Any
+    for check, kind, bias_key, seen, run in scope.recent:  # noqa: B007  (run is used after the loop)
         if seen == options:
             if kind is None:
                 found = bias is None and check(query, key, value)
@@ -73,16 +74,20 @@ def call(
             else:
                 found = type(bias) is kind and bias.key == bias_key and check(query, key, value)
             if found:
-                try:
-                    return run(query, key, value, bias)
-                except Exception as error:
-                    explain_failure(run, error)
-                    raise
-    return _by_table(scope, options, query, key, value, bias)
+                break
+    else:
+        run, bias = _by_table(scope, options, query, key, value, bias)
+    try:
+        return run(query, key, value, bias)
+    except Exception as error:
+        explain_failure(run, error)
+        raise
 
 
-def _by_table(scope: Scope, options: tuple[Any, ...], query: Tensor, key: Tensor, value: Tensor, bias: Any) -> Any:
-    """Runs a call that was not among those seen last."""
+def _by_table(
+    scope: Scope, options: tuple[Any, ...], query: Tensor, key: Tensor, value: Tensor, bias: Any
+) -> tuple[Bound, AttnBias | None]:
+    """The function for a call that was not among those seen last, and its bias."""
     choice: Any
     run: Any
     try:
@@ -120,11 +125,7 @@ def _by_table(scope: Scope, options: tuple[Any, ...], query: Tensor, key: Tensor
             scope.keep(choice, run, generation)
     elif run.entry is not None:
         scope.see(run.entry)
-    try:
-        return run(query, key, value, bias)
-    except Exception as error:
-        explain_failure(run, error)
-        raise
+    return run, bias
 
 
 def decide(
