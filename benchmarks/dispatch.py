@@ -34,6 +34,7 @@ FIRST, LAST, COPIED = "bare op", "bare op + permutes", "bare op + transpose + co
 LAST_CAUSAL, LAST_BIAS, LAST_SLICED = f"{LAST}, causal", f"{LAST}, mask", f"{LAST}, sliced"
 #: More distinct problems, one after the other, than any cache of recent ones is likely to hold.
 MANY = 16
+LAST_SHARED = f"{LAST}, key given twice"
 LAST_MANY = f"{LAST}, {MANY} lengths in turn"
 ATTENTION, DROP_IN = "attention", "scaled_dot_product_attention (ours)"
 DIFFUSERS, TRANSFORMERS = "diffusers dispatch_attention_fn", "transformers ALL_ATTENTION_FUNCTIONS"
@@ -48,6 +49,7 @@ LIMITS = {
     "attention, tensor given as it is": LIMIT_WITH_MORE,
     "attention, slices of packed qkv": LIMIT_WITH_MORE,
     f"attention, {MANY} lengths in turn": LIMIT_WITH_MORE,
+    "attention, one tensor as key and value": LIMIT_WITH_MORE,
     "plan": LIMIT_PLAN,
     "plan, unchecked": LIMIT_UNCHECKED,
 }
@@ -64,7 +66,10 @@ def contenders(requires_grad: bool) -> list[Contender]:
     sliced = packed.unbind(2)
     mask = torch.randn(1, 1, SEQLEN, SEQLEN)
     lengths = range(SEQLEN, SEQLEN + MANY)
-    many = [torch.randn(BATCH, length, HEADS, DIM, requires_grad=requires_grad) for length in lengths]
+    many = [
+        tuple(torch.randn(BATCH, length, HEADS, DIM, requires_grad=requires_grad) for _ in range(3))
+        for length in lengths
+    ]
     bare_turn, turn = itertools.cycle(many).__next__, itertools.cycle(many).__next__
     causal, dense = Causal("top-left"), TensorBias(mask)
     planned, unchecked = plan(query, key, value), plan(query, key, value, unchecked=True)
@@ -103,8 +108,14 @@ def contenders(requires_grad: bool) -> list[Contender]:
         ),
         Contender(name=LAST_SLICED, call=lambda: last(*sliced)),
         Contender(name="attention, slices of packed qkv", call=lambda: attention(*sliced), over=LAST_SLICED),
-        Contender(name=LAST_MANY, call=lambda: last(x := bare_turn(), x, x)),
-        Contender(name=f"attention, {MANY} lengths in turn", call=lambda: attention(x := turn(), x, x), over=LAST_MANY),
+        Contender(name=LAST_MANY, call=lambda: last(*bare_turn())),
+        Contender(name=f"attention, {MANY} lengths in turn", call=lambda: attention(*turn()), over=LAST_MANY),
+        Contender(name=LAST_SHARED, call=lambda: last(query, key, key)),
+        Contender(
+            name="attention, one tensor as key and value",
+            call=lambda: attention(query, key, key),
+            over=LAST_SHARED,
+        ),
         Contender(name=DIFFUSERS, call=diffusers_call(query, key, value), over=LAST),
         Contender(name=COPIED, call=lambda: _bare(q, k, v, scale=SCALE)[0].transpose(1, 2).contiguous()),
         Contender(name=TRANSFORMERS, call=transformers_call(q, k, v), over=COPIED),
