@@ -199,18 +199,20 @@ def test_every_adaptation_is_documented_with_the_fields_that_it_answers():
     ]
 
 
-def test_every_element_of_the_cache_key_is_documented_in_order():
-    function = ast.parse(inspect.getsource(dispatch._by_table)).body[0]
-    (key,) = [
-        node.value
+def test_everything_by_which_a_choice_is_found_is_documented_in_order():
+    function = ast.parse(inspect.getsource(dispatch.call)).body[0]
+    places = [
+        [ast.unparse(element) for element in node.value.elts[0].elts]
         for node in ast.walk(function)
-        if isinstance(node, ast.Assign)
-        and ast.unparse(node.targets[0]) == "choice"
-        and isinstance(node.value, ast.Tuple)
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "(place, looked_at)"
     ]
-    text = section(reference("adaptations-and-cache.md"), "The key of a cached choice")
-    documented = [ast.dump(ast.parse(cells[0], mode="eval").body) for cells in first_cells(text)]
-    assert documented == [ast.dump(element) for element in key.elts]
+    text = section(reference("adaptations-and-cache.md"), "How a choice is found again")
+    documented = [cells[0].strip("`") for cells in first_cells(text)]
+    assert documented == places[-1][:4]
+    assert all(place[:3] == documented[:3] for place in places)
+    options = re.search(r"^\| `options` \| (.*)$", text, re.MULTILINE).group(1)
+    for name in re.findall(r"\w+", re.search(r"door, (scale.*?kernel)", inspect.getsource(dispatch)).group(1)):
+        assert f"`{name}`" in options
 
 
 def test_every_error_is_documented_with_what_it_derives_from():

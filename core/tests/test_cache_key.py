@@ -1,4 +1,4 @@
-"""Every element of the key under which a choice is kept: flipped after the first call, the call chooses anew.
+"""Everything by which a kept choice is found and recognised: flipped after the first call, the call chooses anew.
 
 Two toy kernels say what ran. `toy/narrow` is the fastest and takes one call only, the base call; `toy/wide` takes
 everything. Were an element missing from the key, the second call would find the first one's choice and run
@@ -101,6 +101,11 @@ def operands(shape=SHAPE, *, dtype=torch.float32, seed=0):
     return [torch.randn(shape, generator=generator).to(dtype) for _ in range(3)]
 
 
+def kept() -> int:
+    """How many choices the scope keeps."""
+    return sum(map(len, current.get().values()))
+
+
 def chosen_after(ran: list[str], second, first=lambda: attention(*operands())) -> str:
     """What ran in `second`, after `first` was run twice (chosen, then found) by the narrow kernel."""
     first()
@@ -112,10 +117,10 @@ def chosen_after(ran: list[str], second, first=lambda: attention(*operands())) -
 
 def test_the_base_call_is_chosen_once_and_found_again(ran):
     attention(*operands())
-    kept = len(current.get())
+    before = kept()
     attention(*operands(seed=1))
     assert ran == ["narrow", "narrow"]
-    assert len(current.get()) == kept
+    assert kept() == before
 
 
 @pytest.mark.parametrize(
@@ -249,10 +254,11 @@ def test_the_level_of_forward_mode_ad(ran):
 )
 def test_that_there_is_a_bias(ran, bias):
     plain = attention(*operands())
+    before = kept()
     attention(*operands(), bias)
     assert ran == ["narrow", "narrow"]
-    assert len({id(run) for run in current.get().values() if run.candidate.kernel.name == "toy/narrow"}) >= 2
-    assert plain.shape == SHAPE
+    assert kept() == before + 1
+    assert not torch.equal(plain, attention(*operands(), TensorBias(torch.rand(4, 4) > 0.5)))
 
 
 def test_the_kind_of_the_bias(ran):
@@ -305,11 +311,11 @@ def test_the_gradient_of_a_bias_that_is_held(ran):
 )
 def test_a_tensor_bias_of_another(ran, what, tensor, accepted):
     attention(*operands(), TensorBias(torch.zeros(4, 4)))
-    kept = len(current.get())
+    before = kept()
     if accepted:
         out = attention(*operands(), TensorBias(tensor))
         torch.testing.assert_close(out, reference_attention(*operands(), tensor)[0].float())
-        assert len(current.get()) == kept + 1
+        assert kept() == before + 1
     else:
         with pytest.raises(InputError, match="bias: "):
             attention(*operands(), TensorBias(tensor))
@@ -375,3 +381,50 @@ def test_tables_stay_within_their_bound(monkeypatch):
         for seqlen in range(1, 60):
             attention(*(torch.randn(1, seqlen, 1, 4) for _ in range(3)))
             assert len(current.get()) <= 16
+
+
+@pytest.mark.parametrize("pattern", ["qkk", "qqq", "qqv", "qkq"])
+def test_operands_that_are_one_object_are_recognised_and_told_from_others(ran, pattern):
+    def call():
+        made = {name: torch.randn(SHAPE) for name in "qkv"}
+        return attention(*(made[name] for name in pattern))
+
+    call()
+    before = kept()
+    for _ in range(3):
+        call()
+    assert kept() == before
+    attention(*operands())
+    assert kept() == before + 1
+
+
+def test_parameters_are_recognised_as_tensors_are(ran):
+    query = torch.nn.Parameter(torch.randn(SHAPE))
+    _, key, value = operands()
+    attention(query, key, value)
+    before = kept()
+    attention(query, *operands()[:2])
+    assert kept() == before
+
+
+def test_calls_alike_but_in_their_strides_are_kept_apart_up_to_a_bound(ran):
+    for extra in range(20):
+        packed = torch.randn(2, 4, 3, 8 + extra)[..., :8]
+        query, key, value = packed, *operands()[:2]
+        torch.testing.assert_close(attention(query, key, value), reference_attention(query, key, value)[0].float())
+    assert max(map(len, current.get().values())) <= 8
+
+
+def test_without_the_guard_object_of_torch_a_comparison_in_python_does_the_same(ran, monkeypatch):
+    monkeypatch.setattr("attn_core.recognise._guard", lambda tensors: None)
+    attention(*operands())
+    before = kept()
+    attention(*operands(seed=1))
+    assert kept() == before
+    attention(*operands(dtype=torch.float64))
+    assert ran == ["narrow", "narrow", "wide"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert attention(*operands()).dtype is torch.bfloat16
+    query, key, value = operands()
+    attention(query.requires_grad_(), key, value)
+    assert ran[3:] == ["wide", "wide"]

@@ -1,8 +1,8 @@
 """The path of a call: look the choice up; where it is new, check, choose, bind, and keep it.
 
-The key holds everything that a capability or a kernel's memory safety depends on. Where every operand is a plain
-tensor of one dtype and device, the function found under it can run without another look. All else (subclasses, mixed
-dtypes, symbolic shapes) is never stored, and takes the slow way each time.
+A choice is kept under what is cheap to compare (options, shapes of query and key, the bias's own key), and beside it a
+function that recognises everything else that a capability or a kernel's memory safety depends on. What it recognises
+can run without another look. Subclasses and symbolic shapes are never kept, and take the slow way each time.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.nn.parameter import Parameter
 
-from . import recent
 from .bias import AttnBias, Causal, TensorBias, as_bias
 from .bind import bind, under_autocast
 from .bind import heads_of as layout_of
@@ -22,15 +21,13 @@ from .door import HEADS_FIRST, HEADS_LAST, examine, foreign
 from .errors import AttnError, InputTypeError
 from .kernel import Bound
 from .problem import Problem
+from .recognise import recogniser
 from .record import STOCK, recording
 from .registry import registry
 from .scope import Scope, current
 from .select import Candidate, choose, with_plain_lengths
 from .tracing import constant
 
-_is_grad_enabled = torch.is_grad_enabled
-_is_deterministic = torch._C._get_deterministic_algorithms
-_is_any_autocast = torch._C._is_any_autocast_enabled
 _stock_sdpa = torch._C._nn.scaled_dot_product_attention
 
 #: Doors: who calls, and in which layout.
@@ -39,44 +36,43 @@ SDPA = 1  #: heads-first, any leading dimensions
 SDPA_GQA = 2  #: the same, with enable_gqa=True
 
 
-def call(
-    door: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Any,
-    scale: float | None,
-    softcap: float | None,
-    dropout_p: float,
-    return_lse: bool,
-    kernel: str | None,
-) -> Any:
+#: What a call asks beside its operands and bias: (door, scale, softcap, dropout_p, return_lse, kernel, whether
+#: gradients are on, whether algorithms must be deterministic, level of forward-mode differentiation).
+Options = tuple[int, float | None, float | None, float, bool, str | None, bool, bool, int]
+
+_PLAIN = (Tensor, Parameter)
+
+
+def call(query: Tensor, key: Tensor, value: Tensor, bias: Any, options: Options) -> Any:
     """Runs one attention call by the kernel chosen for it."""
     scope = current.get()
-    options = (
-        door,
-        scale,
-        softcap,
-        dropout_p,
-        return_lse,
-        kernel,
-        _is_grad_enabled(),
-        _is_deterministic(),
-        forward_ad._current_level,
-    )
+    place: Any
+    looked_at: tuple[Tensor, ...]
     run: Any
-    for check, kind, bias_key, seen, run in scope.recent:  # noqa: B007  (run is used after the loop)
-        if seen == options:
-            if kind is None:
-                found = bias is None and check(query, key, value)
-            elif kind is TensorBias:
-                found = type(bias) is TensorBias and bias.lengths == bias_key and check(query, key, value, bias.tensor)
-            else:
-                found = type(bias) is kind and bias.key == bias_key and check(query, key, value)
-            if found:
+    try:
+        if bias is None:
+            place, looked_at = (options, query.shape, key.shape), (query, key, value)
+        elif type(bias) is TensorBias:  # its tensor is looked at as the operands are
+            place, looked_at = (options, query.shape, key.shape, bias.lengths), (query, key, value, bias.tensor)
+        else:
+            place, looked_at = (options, query.shape, key.shape, bias.key, None), (query, key, value)
+        choices = scope.get(place, ())
+        for choice in choices:
+            recognise, cast_to, run = choice
+            if recognise(*looked_at) and (cast_to is None or cast_to is autocast_of(query)):
+                if choice is not choices[0]:
+                    scope.put_first(place, choice)
                 break
-    else:
-        run, bias = _by_table(scope, options, query, key, value, bias)
+        else:
+            run = None
+    except (AttributeError, RuntimeError, TypeError):  # no tensor, nested, symbolic, or a foreign bias
+        place = run = None
+    if run is None:
+        bias = as_bias(bias)
+        generation = registry.generation
+        run = decide(scope, query, key, value, bias, options)
+        if place is not None and all(type(tensor) in _PLAIN for tensor in looked_at):
+            scope.keep(place, (recogniser(looked_at), autocast_of(query), run), generation)
     try:
         return run(query, key, value, bias)
     except Exception as error:
@@ -84,64 +80,9 @@ def call(
         raise
 
 
-def _by_table(
-    scope: Scope, options: tuple[Any, ...], query: Tensor, key: Tensor, value: Tensor, bias: Any
-) -> tuple[Bound, AttnBias | None]:
-    """The function for a call that was not among those seen last, and its bias."""
-    choice: Any
-    run: Any
-    try:
-        dtype, device = query.dtype, query.device
-        choice = (
-            type(query) is type(key) is type(value) is Tensor
-            and key.dtype is dtype
-            and value.dtype is dtype
-            and key.device == device
-            and value.device == device,
-            _is_any_autocast() and autocast_dtype(device.type),
-            query.shape,
-            key.shape,
-            value.shape,
-            dtype,
-            device,
-            query.requires_grad or key.requires_grad or value.requires_grad,
-            query.is_contiguous() or query.stride(),
-            key.is_contiguous() or key.stride(),
-            value.is_contiguous() or value.stride(),
-            None if bias is None else bias.key,
-            options,
-        )
-        run = scope.get(choice)
-    except (AttributeError, RuntimeError, TypeError):  # no tensor, nested, symbolic, or a foreign bias
-        choice = run = None
-    if run is None:
-        bias = as_bias(bias)
-        generation = registry.generation
-        door, scale, softcap, dropout_p, return_lse, kernel, *_ = options
-        run = decide(scope, door, query, key, value, bias, scale, softcap, dropout_p, return_lse, kernel)
-        if choice is not None and choice[0]:
-            if not choice[1]:  # a guard object tells that autocast is on, but not for which dtype
-                run.entry = recent.entry(query, key, value, bias, options, run)
-            scope.keep(choice, run, generation)
-    elif run.entry is not None:
-        scope.see(run.entry)
-    return run, bias
-
-
-def decide(
-    scope: Scope,
-    door: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: AttnBias | None,
-    scale: float | None,
-    softcap: float | None,
-    dropout_p: float,
-    return_lse: bool,
-    kernel: str | None,
-) -> Bound:
-    """The function that runs this call, and every other with the same key."""
+def decide(scope: Scope, query: Tensor, key: Tensor, value: Tensor, bias: AttnBias | None, options: Options) -> Bound:
+    """The function that runs this call, and every other that looks the same."""
+    door, scale, softcap, dropout_p, return_lse, kernel = options[:6]
     if door != ATTENTION:
         reason = what_is_foreign(query, key, value)
         if reason is not None:
@@ -149,8 +90,8 @@ def decide(
         folding = broadcasting(query, key, value, door == SDPA_GQA)
         if folding is not None:
             fold, unfold = folding
-            folded = fold(query, key, value, bias)
-            inner = decide(scope, SDPA_GQA, *folded, scale, softcap, dropout_p, return_lse, kernel)
+            query, key, value, bias = fold(query, key, value, bias)
+            inner = decide(scope, query, key, value, bias, (SDPA_GQA, *options[1:]))
 
             def run(query: Tensor, key: Tensor, value: Tensor, bias: Any) -> Any:
                 return unfold(inner(*fold(query, key, value, bias)))
@@ -231,7 +172,6 @@ def as_under_autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _made_for(run: Bound, candidate: Candidate | None, problem: Problem | None) -> Bound:
     run.candidate = candidate  # type: ignore[attr-defined]
     run.problem = problem  # type: ignore[attr-defined]
-    run.entry = None  # type: ignore[attr-defined]
     return run
 
 

@@ -18,7 +18,7 @@ from .errors import InputTypeError, PlanError
 from .explain import Explanation, door_of, weighed
 from .kernel import Bound
 from .problem import Problem
-from .recent import guard
+from .recognise import recogniser
 from .record import recording
 from .scope import Settings, current, scope_for
 
@@ -56,7 +56,8 @@ def plan(
     given = as_bias(bias)
     settings = current.get().settings
     # A scope without the recorders that are open now: a plan outlives them, and asks at each call who listens.
-    run = decide(scope_for(settings), door, query, key, value, given, scale, softcap, dropout_p, return_lse, kernel)
+    options = door, scale, softcap, dropout_p, return_lse, kernel, True, False, -1
+    run = decide(scope_for(settings), query, key, value, given, options)
     if getattr(run, "candidate", None) is None:
         raise InputTypeError("plan: takes plain tensors; what the core does not model goes to torch call by call")
     if not query.dtype is key.dtype is value.dtype:
@@ -66,7 +67,7 @@ def plan(
     expected = _seen(query, key, value)
     # A guard object sees requires_grad, but not whether gradients are on.
     mode = _is_grad_enabled() if query.requires_grad or key.requires_grad or value.requires_grad else None
-    check = guard([query, key, value]) or _unknown
+    check = recogniser([query, key, value])
     return Plan(run, given, expected, check, mode, settings, kernel)
 
 
@@ -166,11 +167,6 @@ _SEEN = (
     "key.stride",
     "value.stride",
 )
-
-
-def _unknown(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Stands for a guard object where there is none: nothing is recognised, everything is compared."""
-    return False
 
 
 def _seen(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:

@@ -24,7 +24,6 @@ import torch
 
 from .environment import check_allowed, read_environment
 from .errors import InputError
-from .recent import KEPT, Entry
 from .registry import registry
 
 if TYPE_CHECKING:
@@ -32,6 +31,8 @@ if TYPE_CHECKING:
 
 #: Choices kept per scope; the oldest goes when a new one comes.
 TABLE_SIZE = 4096
+#: Choices kept at one place of a table: calls alike in what it is found by, and different in dtype, device or strides.
+ALIKE = 8
 #: Settings whose tables are kept warm.
 SCOPES_KEPT = 64
 
@@ -44,15 +45,17 @@ class Settings:
     allow: frozenset[str] = frozenset()
 
 
-class Scope(dict[Any, Callable[..., Any]]):
-    """Settings, and the choices made under them: key of a call -> function that runs it."""
+#: (whether it is for these operands, the dtype that autocast casts them to, the function that runs the call)
+Choice = tuple[Callable[..., bool], "torch.dtype | None", Callable[..., Any]]
+
+
+class Scope(dict[Any, tuple[Choice, ...]]):
+    """Settings, and the choices made under them: place of a call -> choices, the newest first."""
 
     def __init__(self, settings: Settings | None, recorders: tuple[Recorder, ...] = ()) -> None:
         super().__init__()
         self._settings = settings
         self.recorders = recorders
-        #: The calls seen last, tried before the table.
-        self.recent: tuple[Entry, ...] = ()
         with _lock:
             _alive[id(self)] = self
 
@@ -68,7 +71,7 @@ class Scope(dict[Any, Callable[..., Any]]):
         """Asks the environment again, at next use."""
         self._settings = None
 
-    def keep(self, key: Any, run: Callable[..., Any], generation: int) -> None:
+    def keep(self, place: Any, choice: Choice, generation: int) -> None:
         """Stores a choice made at that generation of the registry, dropping the oldest where the table is full.
 
         Kernels may have come or gone while it was made: then it is for this call alone.
@@ -78,15 +81,14 @@ class Scope(dict[Any, Callable[..., Any]]):
                 return
             while len(self) >= TABLE_SIZE:
                 del self[next(iter(self))]
-            self[key] = run
+            self[place] = (choice, *self.get(place, ()))[:ALIKE]
 
-    def see(self, entry: Entry) -> None:
-        """Puts a call first among those seen last."""
-        self.recent = (entry, *[other for other in self.recent if other is not entry][: KEPT - 1])
-
-    def clear(self) -> None:
-        super().clear()
-        self.recent = ()
+    def put_first(self, place: Any, choice: Choice) -> None:
+        """Has a choice tried before its like: the next call will look the same."""
+        with _lock:
+            choices = self.get(place, ())
+            if choice in choices:  # else the table was emptied meanwhile
+                self[place] = (choice, *[other for other in choices if other is not choice])
 
 
 _lock = threading.RLock()

@@ -1,0 +1,57 @@
+"""Tells whether operands look as those that a choice was made for.
+
+Everything that a capability or a kernel's memory safety depends on is compared: class, dtype, device, requires_grad,
+sizes and strides of every operand, and torch's dispatch state (autocast, functorch, dispatch modes). Done in Python,
+that costs more than the rest of a call together; torch has an object for it, which compiled graphs keep for their
+inputs. It is not public, so a comparison in Python stands in where another torch has another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Recognise = Callable[..., bool]
+
+
+def recogniser(tensors: Sequence[Tensor]) -> Recognise:
+    """A function of as many tensors: whether they look as `tensors` do, and are the same objects where those are."""
+    distinct: list[Tensor] = []
+    for tensor in tensors:
+        if not any(tensor is other for other in distinct):
+            distinct.append(tensor)
+    check = _guard(distinct) or _comparison(distinct)
+    if len(distinct) == len(tensors):
+        return check
+    # A guard object refuses a tensor that is given twice, so it is asked about each but once.
+    places = [next(i for i, other in enumerate(distinct) if tensor is other) for tensor in tensors]
+    firsts = [places.index(place) for place in range(len(distinct))]
+
+    def shared(*given: Tensor) -> bool:
+        chosen = [given[first] for first in firsts]
+        return all(tensor is chosen[place] for tensor, place in zip(given, places)) and check(*chosen)
+
+    return shared
+
+
+def _guard(tensors: list[Tensor]) -> Recognise | None:
+    sizes: list[Any] = [list(tensor.shape) for tensor in tensors]
+    strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
+    try:
+        guards = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        return guards.check if guards.check(*tensors) else None
+    except (AttributeError, TypeError, SystemError, RuntimeError):
+        return None
+
+
+def _comparison(tensors: list[Tensor]) -> Recognise:
+    looks = [_look(tensor) for tensor in tensors]
+    return lambda *given: [_look(tensor) for tensor in given] == looks
+
+
+def _look(tensor: Tensor) -> tuple[Any, ...]:
+    autocast = torch._C._is_any_autocast_enabled()
+    return type(tensor), tensor.dtype, tensor.device, tensor.requires_grad, tensor.shape, tensor.stride(), autocast
