@@ -469,3 +469,13 @@ def test_every_pair_of_leading_ranks_agrees_with_torch():
         lead = (2, 3, 4)
         query, key = (*lead[3 - (one - 2) :], 5, 8), (*lead[3 - (two - 2) :], 7, 8)
         assert_agree((query, key, key), dtype=torch.float64)
+
+
+def test_vmap_over_masks_that_are_trained_equals_a_call_for_each():
+    x = operands(SHAPES["4-D"][:3])
+    masks = mask_of((3, 5, 7), "floating", torch.float32).requires_grad_()
+    got = torch.func.vmap(lambda mask: scaled_dot_product_attention(*x, attn_mask=mask))(masks)
+    wanted = torch.stack([F.scaled_dot_product_attention(*x, attn_mask=mask) for mask in masks])
+    torch.testing.assert_close(got, wanted)
+    weights = torch.randn_like(wanted)
+    torch.testing.assert_close(torch.autograd.grad(got, masks, weights), torch.autograd.grad(wanted, masks, weights))

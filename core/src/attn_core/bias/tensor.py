@@ -117,7 +117,11 @@ class TensorBias(AttnBias):
         return cls(torch.empty(shape, dtype=dtype, device="meta", requires_grad=requires_grad), lengths)
 
     def without_data(self) -> TensorBias:
-        meta = self.tensor.detach().to("meta").requires_grad_(self.tensor.requires_grad)
+        tensor = self.tensor
+        # Made anew, not moved: within a transform of torch.func, what is moved is still a part of it.
+        meta = torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta", requires_grad=tensor.requires_grad
+        )
         return TensorBias(meta, self.lengths)
 
     def to(self, *args: torch.device | str | torch.dtype) -> TensorBias:
