@@ -471,10 +471,18 @@ def test_every_pair_of_leading_ranks_agrees_with_torch():
         assert_agree((query, key, key), dtype=torch.float64)
 
 
-def test_vmap_over_masks_that_are_trained_equals_a_call_for_each():
+def test_vmap_over_masks_that_are_trained_is_an_error_that_names_the_kernel_or_right_by_another():
+    # Within vmap, an operand does not tell that it requires a gradient outside.
     x = operands(SHAPES["4-D"][:3])
     masks = mask_of((3, 5, 7), "floating", torch.float32).requires_grad_()
-    got = torch.func.vmap(lambda mask: scaled_dot_product_attention(*x, attn_mask=mask))(masks)
+
+    def over_masks():
+        return torch.func.vmap(lambda mask: scaled_dot_product_attention(*x, attn_mask=mask))(masks)
+
+    with pytest.raises(RuntimeError, match="not differentiable with respect to argument 'attn_mask'"):
+        over_masks()
+    with prefer("torch/math"):
+        got = over_masks()
     wanted = torch.stack([F.scaled_dot_product_attention(*x, attn_mask=mask) for mask in masks])
     torch.testing.assert_close(got, wanted)
     weights = torch.randn_like(wanted)
