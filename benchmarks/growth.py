@@ -64,6 +64,9 @@ print(*kernels)
 def fresh(script: str, *arguments: str, path: str | None = None) -> str:
     """What a fresh process prints that runs `script`, with `path` on its PYTHONPATH."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("ATTN_")}
+    # pip compiles what it installs; an environment that writes no bytecode would have each run compile it anew.
+    variables.pop("PYTHONDONTWRITEBYTECODE", None)
+    variables["PYTHONPYCACHEPREFIX"] = os.path.join(tempfile.gettempdir(), "attn-bench-bytecode")
     variables.pop("PYTHONPATH", None)
     if path is not None:
         variables["PYTHONPATH"] = path
