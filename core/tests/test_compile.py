@@ -117,7 +117,7 @@ def test_five_lengths_are_one_graph_where_the_choice_never_changes(bias):
 
 @pytest.fixture
 def long_calls_only():
-    """A kernel that is slow to start and fast afterwards, so that the choice crosses over between 64 and 128."""
+    """A kernel that is slow to start and fast afterwards, so that the choice crosses over among LENGTHS."""
 
     def doubled(query, key, value, *, scale):
         return 2.0 * torch._scaled_dot_product_attention_math(query, key, value, scale=scale)[0]

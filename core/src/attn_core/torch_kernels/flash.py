@@ -21,6 +21,7 @@ from ..kernel import Bound, Kernel
 from ..problem import Problem
 from .dense import HALF, MASKED, beside, of_rank_four
 from .flash_lse import FlashWithLse
+from .measured import MEASURED
 
 _cpu = torch._scaled_dot_product_flash_attention_for_cpu
 _cuda = torch._scaled_dot_product_flash_attention
@@ -115,7 +116,9 @@ KERNEL = Kernel(
     refuse=refuse,
     prepare=prepare,
     costs={
-        "cpu": Cost(call=8e-6, pair_dim=17.5e-12, pair=0.6e-9, token_dim=0.3e-9, mask=0.9e-9, source="EPYC, 2 cores"),
+        "cpu": Cost(
+            call=9.8e-6, pair_dim=22e-12, pair=0.86e-9, token_dim=1.15e-9, mask=0.24e-9, backward=3.3, source=MEASURED
+        ),
         "cuda": Cost(call=12e-6, pair_dim=8e-15, pair=0.2e-12, token_dim=1e-12),
     },
     skips={Causal},

@@ -12,6 +12,7 @@ from ..capabilities import ANY_DEVICE, ANY_DIM, Backward, Capabilities
 from ..cost import Cost
 from ..kernel import Kernel
 from .dense import beside
+from .measured import MEASURED
 
 _math = torch._scaled_dot_product_attention_math
 
@@ -52,7 +53,9 @@ KERNEL = Kernel(
     ),
     layout="heads-first",
     costs={
-        "cpu": Cost(call=55e-6, pair_dim=30e-12, pair=1.6e-9, token_dim=0.6e-9, mask=1.4e-9, source="EPYC, 2 cores"),
+        "cpu": Cost(
+            call=89e-6, pair_dim=30e-12, pair=2.8e-9, token_dim=1.0e-9, mask=0.76e-9, backward=2.2, source=MEASURED
+        ),
         "cuda": Cost(call=60e-6, pair_dim=40e-15, pair=16e-12, token_dim=2e-12, mask=6e-12),
         "*": Cost(call=60e-6, pair_dim=30e-12, pair=2e-9, token_dim=1e-9, mask=2e-9),
     },

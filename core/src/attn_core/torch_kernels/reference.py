@@ -14,6 +14,7 @@ from ..cost import Cost
 from ..kernel import Kernel
 from ..reference import reference_attention
 from ..tracing import constant
+from .measured import MEASURED
 
 
 def run(
@@ -74,7 +75,7 @@ KERNEL = Kernel(
         empty_lengths=True,
     ),
     costs={
-        "cpu": Cost(call=250e-6, pair_dim=120e-12, pair=25e-9, token_dim=4e-9, mask=4e-9, source="EPYC, 2 cores"),
+        "cpu": Cost(call=280e-6, pair_dim=83e-12, pair=4.8e-9, token_dim=0.1e-9, backward=2.1, source=MEASURED),
         "cuda": Cost(call=400e-6, pair_dim=400e-15, pair=100e-12, token_dim=20e-12, mask=20e-12),
         "*": Cost(call=400e-6, pair_dim=150e-12, pair=30e-9, token_dim=5e-9, mask=6e-9),
     },
