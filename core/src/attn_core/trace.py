@@ -41,6 +41,9 @@ from .tracing import constant, has_static_value
 #: What a symbolic size is taken for where kernels are weighed; only whether the lengths are equal matters there.
 STAND_IN_BATCH, STAND_IN_LENGTHS = 2, (512, 768)
 
+#: What is asked beside operands and bias: (scale, softcap, dropout_p, return_lse, kernel).
+Asked = tuple[float | None, float | None, float, bool, str | None]
+
 #: Sizes that an adaptation may change.
 SIZES = ("num_kv_heads", "head_dim", "head_dim_v")
 
@@ -58,6 +61,7 @@ def traced(
     kernel: str | None,
 ) -> Any:
     """One attention call inside a graph: chooses now, and leaves nothing but the kernel in it."""
+    asked = scale, softcap, dropout_p, return_lse, kernel
     if bias is not None:
         bias = as_bias(bias)
     if type(query) is not Tensor or type(key) is not Tensor or type(value) is not Tensor:
@@ -72,42 +76,21 @@ def traced(
         if folding is not None:
             fold, unfold = folding
             folded = fold(query, key, value, bias)
-            return unfold(_chosen(SDPA_GQA, *folded, scale, softcap, dropout_p, return_lse, kernel))
-    return _chosen(door, query, key, value, bias, scale, softcap, dropout_p, return_lse, kernel)
+            return unfold(_chosen(SDPA_GQA, *folded, asked))
+    return _chosen(door, query, key, value, bias, asked)
 
 
-def _chosen(
-    door: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: AttnBias | None,
-    scale: float | None,
-    softcap: float | None,
-    dropout_p: float,
-    return_lse: bool,
-    kernel: str | None,
-) -> Any:
+def _chosen(door: int, query: Tensor, key: Tensor, value: Tensor, bias: AttnBias | None, asked: Asked) -> Any:
     cast_to = _autocast_dtype(query.device.type, query.is_floating_point())
     if cast_to is not None:
         query, key, value = (as_under_autocast(tensor, cast_to) for tensor in (query, key, value))
         with torch.autocast(query.device.type, enabled=False):
-            return _run(door, query, key, value, bias, scale, softcap, dropout_p, return_lse, kernel)
-    return _run(door, query, key, value, bias, scale, softcap, dropout_p, return_lse, kernel)
+            return _run(door, query, key, value, bias, asked)
+    return _run(door, query, key, value, bias, asked)
 
 
-def _run(
-    door: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: AttnBias | None,
-    scale: float | None,
-    softcap: float | None,
-    dropout_p: float,
-    return_lse: bool,
-    kernel: str | None,
-) -> Any:
+def _run(door: int, query: Tensor, key: Tensor, value: Tensor, bias: AttnBias | None, asked: Asked) -> Any:
+    scale, softcap, dropout_p, return_lse, kernel = asked
     heads = HEADS_FIRST if door else HEADS_LAST
     if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
         raise InputError("query, key, value: must have four dimensions")
