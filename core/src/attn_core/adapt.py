@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .bias import AttnBias, Mask, TensorBias
-from .capabilities import Capabilities, has_padding, takes_dense_mask
+from .capabilities import Capabilities, takes_dense_mask
 from .cost import Terms
 from .problem import Problem
 
@@ -135,7 +135,7 @@ def _with_unit_stride(tensor: Tensor) -> Tensor:
 
 
 def _zeroed(problem: Problem, capabilities: Capabilities) -> Problem | None:
-    padded = problem.bias is not None and has_padding(problem.bias)
+    padded = problem.bias is not None and problem.bias.has_padding
     return problem if padded and takes_dense_mask(capabilities) else None
 
 

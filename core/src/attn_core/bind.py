@@ -76,7 +76,11 @@ def _direct(run: Run, problem: Problem, bias: AttnBias | None) -> Bound:
     lengths = bias.bound_lengths()
     if isinstance(bias, TensorBias):  # its key has said all that bind would check
         return lambda query, key, value, b: run(query, key, value, bias=b.at(lengths), scale=scale, **options)
-    return lambda query, key, value, b: run(query, key, value, bias=b.bind(*lengths), scale=scale, **options)
+
+    def run_with(query: Tensor, key: Tensor, value: Tensor, b: AttnBias) -> Any:
+        return run(query, key, value, bias=b.bind(*lengths).normalize(), scale=scale, **options)
+
+    return run_with
 
 
 def _adapted(run: Run, heads: int, steps: Steps, problem: Problem, bias: AttnBias | None) -> Bound:
@@ -87,7 +91,7 @@ def _adapted(run: Run, heads: int, steps: Steps, problem: Problem, bias: AttnBia
     constant = bias if bias is None or not bias.holds_data else None
 
     def call(query: Tensor, key: Tensor, value: Tensor, b: AttnBias | None) -> Any:
-        given = constant if b is None or constant is not None or lengths is None else b.bind(*lengths)
+        given = constant if b is None or constant is not None or lengths is None else b.bind(*lengths).normalize()
         x = Operands(query, key, value, given)
         for i, (adaptation, after) in enumerate(steps):
             x = adaptation.apply(x, befores[i], after, heads)

@@ -215,16 +215,11 @@ def covers(biases: Iterable[BiasKind], bias: AttnBias) -> bool:
         if isinstance(declared, type):
             if type(bias) is declared:
                 return True
-            if isabstract(declared) and isinstance(bias, declared) and not has_padding(bias):
+            if isabstract(declared) and isinstance(bias, declared) and not bias.has_padding:
                 return True
         elif type(declared) is type(bias) and declared.bind(*bias.bound_lengths()).normalize() == bias:
             return True
     return False
-
-
-def has_padding(bias: AttnBias) -> bool:
-    """Whether keys behind its lengths do not exist, and may be anything."""
-    return type(bias).valid_keys is not AttnBias.valid_keys
 
 
 def takes_dense_mask(capabilities: Capabilities) -> bool:

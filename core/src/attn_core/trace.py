@@ -180,19 +180,27 @@ def _call(
 
 def _facts(bias: AttnBias) -> tuple[Any, ...]:
     """Of a bias, what `weigh` is told: one window, one graph."""
-    numbers = (int, torch.SymInt)
-    facts = tuple(
-        operator.index(fact) if isinstance(fact, numbers) and not isinstance(fact, bool) else fact
-        for fact in bias.facts()
-    )
     many_batches, many_heads = bias.batch_and_heads
     return (
         type(bias),
-        facts,
+        _constants(bias.facts()),
         True if many_batches != 1 else False,  # noqa: SIM210
         True if many_heads != 1 else False,  # noqa: SIM210
         bias.requires_grad,
     )
+
+
+def _constants(facts: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Facts with symbolic numbers made constants of the graph, at any depth."""
+    made: list[Any] = []
+    for fact in facts:
+        if isinstance(fact, tuple):
+            made.append(_constants(fact))
+        elif isinstance(fact, (int, torch.SymInt)) and not isinstance(fact, bool):
+            made.append(operator.index(fact))
+        else:
+            made.append(fact)
+    return tuple(made)
 
 
 def _of_its_sign(scale: float) -> float:

@@ -3,8 +3,9 @@
 from .base import AttnBias, Mask
 from .causal import Causal
 from .convert import as_bias
+from .intersection import Intersection
 from .key_padding import KeyPadding
 from .tensor import TensorBias
 from .window import Window
 
-__all__ = ["AttnBias", "Causal", "KeyPadding", "Mask", "TensorBias", "Window", "as_bias"]
+__all__ = ["AttnBias", "Causal", "Intersection", "KeyPadding", "Mask", "TensorBias", "Window", "as_bias"]

@@ -114,6 +114,11 @@ class AttnBias(ABC):
         """
         return None
 
+    @property
+    def has_padding(self) -> bool:
+        """Whether keys behind its lengths do not exist, and may be anything; then `valid_keys` says which do."""
+        return type(self).valid_keys is not AttnBias.valid_keys
+
     def pairs(self) -> float:
         """How many (query, key) pairs remain, per batch entry and head; an estimate suffices."""
         seqlen_q, seqlen_kv = self.bound_lengths()
@@ -137,7 +142,20 @@ class AttnBias(ABC):
 
 
 class Mask(AttnBias):
-    """A bias of 0 and -inf, defined by `keep`; `span` and `tile` say what a kernel may skip."""
+    """A bias of 0 and -inf, defined by `keep`; `span` and `tile` say what a kernel may skip.
+
+    `a & b` lets a query attend what both let it.
+    """
+
+    def __and__(self, other: Mask) -> Mask:
+        from .intersection import Intersection  # which is a mask itself
+
+        if not isinstance(other, Mask):
+            return NotImplemented
+        parts: list[Mask] = []
+        for mask in (self, other):
+            parts += mask.masks if isinstance(mask, Intersection) else [mask]
+        return Intersection(tuple(parts))
 
     @abstractmethod
     def keep(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
