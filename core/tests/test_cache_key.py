@@ -7,6 +7,8 @@ everything. Were an element missing from the key, the second call would find the
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -428,3 +430,16 @@ def test_without_the_guard_object_of_torch_a_comparison_in_python_does_the_same(
     query, key, value = operands()
     attention(query.requires_grad_(), key, value)
     assert ran[3:] == ["wide", "wide"]
+
+
+def test_what_is_kept_holds_no_tensor_of_a_call():
+    query, key, value = operands()
+    biases = [None, TensorBias(torch.zeros(4, 4)), KeyPadding([1, 4]), Causal() & KeyPadding([1, 4]), Window(1, 1)]
+    for bias in biases:
+        attention(query, key, value, bias)
+        attention(query, key, value, bias, return_lse=True)
+    held = [query, key, value, biases[1].tensor, biases[2].seqlens, biases[3].masks[1].seqlens]
+    alive = [weakref.ref(tensor) for tensor in held]
+    del query, key, value, bias, biases, held
+    gc.collect()
+    assert [tensor() for tensor in alive] == [None] * len(alive)
