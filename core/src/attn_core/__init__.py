@@ -3,7 +3,7 @@
 This module loads no kernel library, opens no CUDA context and finds no plugin; the first call does what it needs.
 """
 
-from .bias import AttnBias, Causal, Intersection, KeyPadding, Mask, TensorBias, Window, as_bias
+from .bias import AttnBias, Causal, Intersection, KeyPadding, Mask, Neighborhood, TensorBias, Window, as_bias
 from .capabilities import ANY_DEVICE, ANY_DIM, Backward, Capabilities, Refusal
 from .cost import Cost
 from .errors import (
@@ -51,6 +51,7 @@ __all__ = [
     "KernelRefusedError",
     "KeyPadding",
     "Mask",
+    "Neighborhood",
     "NoKernelError",
     "Plan",
     "PlanError",

@@ -5,7 +5,18 @@ from .causal import Causal
 from .convert import as_bias
 from .intersection import Intersection
 from .key_padding import KeyPadding
+from .neighborhood import Neighborhood
 from .tensor import TensorBias
 from .window import Window
 
-__all__ = ["AttnBias", "Causal", "Intersection", "KeyPadding", "Mask", "TensorBias", "Window", "as_bias"]
+__all__ = [
+    "AttnBias",
+    "Causal",
+    "Intersection",
+    "KeyPadding",
+    "Mask",
+    "Neighborhood",
+    "TensorBias",
+    "Window",
+    "as_bias",
+]
