@@ -317,11 +317,15 @@ def of_a_shape(query, key, value, image):
 MASK = Neighborhood((5, 6), kernel_size=3, dilation=(1, 2))
 
 
-@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize(
-    ("function", "more"),
-    [(in_graph, ()), (of_a_shape, (torch.zeros(5, 6),)), (attention, (MASK,)), (attention, (MASK.bind(30, 30),))],
-    ids=["built in the graph", "of a traced shape", "passed in", "passed in bound"],
+    ("function", "more", "dynamic"),
+    [
+        (in_graph, (), None),
+        (of_a_shape, (torch.zeros(5, 6),), True),
+        (attention, (MASK,), None),
+        (attention, (MASK.bind(30, 30),), True),
+    ],
+    ids=["built in the graph", "of a traced shape, dynamic", "passed in", "passed in bound, dynamic"],
 )
 def test_a_call_is_one_graph_and_equals_eager(function, more, dynamic, fresh_dynamo):
     inputs = operands(30)

@@ -113,9 +113,7 @@ class Neighborhood(Mask):
         return self.at((seqlen_q, seqlen_kv))
 
     def at(self, lengths: tuple[int, int]) -> Neighborhood:
-        bias = object.__new__(Neighborhood)  # what is held was checked when it came in
-        bias._set((self.extents, self.kernel_size, self.stride, self.dilation, self.is_causal), lengths)
-        return bias
+        return _made((self.extents, self.kernel_size, self.stride, self.dilation, self.is_causal), lengths)
 
     def facts(self) -> tuple[Any, ...]:
         return *self.extents, *self.kernel_size, *self.stride, *self.dilation, *self.is_causal
@@ -123,10 +121,7 @@ class Neighborhood(Mask):
     @classmethod
     def from_facts(cls, facts: tuple[Any, ...], batch: int, num_heads: int, lengths: tuple[int, int]) -> Neighborhood:
         rank = len(facts) // 5
-        extents, kernel_size, stride, dilation, is_causal = (facts[i * rank : (i + 1) * rank] for i in range(5))
-        return cls(
-            extents, kernel_size=kernel_size, stride=stride, dilation=dilation, is_causal=is_causal, lengths=lengths
-        )
+        return _made(tuple(facts[i * rank : (i + 1) * rank] for i in range(5)), lengths)
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -180,17 +175,14 @@ class Neighborhood(Mask):
                 if kernel == extent:
                     return Causal("top-left", lengths)
                 return Window(kernel - 1, 0, "top-left", lengths)
-        if tuple(axes) == self.axes:
-            return self
-        extents, kernel_size, stride_of, dilation_of, is_causal = zip(*axes)
-        return Neighborhood(
-            extents,
-            kernel_size=kernel_size,
-            stride=stride_of,
-            dilation=dilation_of,
-            is_causal=is_causal,
-            lengths=lengths,
-        )
+        return self if tuple(axes) == self.axes else _made(tuple(zip(*axes)), lengths)
+
+
+def _made(parameters: tuple[tuple[Any, ...], ...], lengths: tuple[int, int] | None) -> Neighborhood:
+    """One of values that were checked before."""
+    bias = object.__new__(Neighborhood)
+    bias._set(parameters, lengths)
+    return bias
 
 
 # What is passed in
@@ -279,10 +271,8 @@ def _count(extent: int, kernel: int, stride: int, dilation: int, causal: bool) -
     if not causal:
         return extent * kernel
     longer = extent % dilation  # this many lines have one point more than the others
-    points = extent // dilation
-    return longer * _causal_count(points + 1, kernel, stride) + (dilation - longer) * _causal_count(
-        points, kernel, stride
-    )
+    longer_count, count = (_causal_count(extent // dilation + more, kernel, stride) for more in (1, 0))
+    return longer * longer_count + (dilation - longer) * count
 
 
 def _causal_count(points: int, kernel: int, stride: int) -> int:
