@@ -443,3 +443,14 @@ def test_what_is_kept_holds_no_tensor_of_a_call():
     del query, key, value, bias, biases, held
     gc.collect()
     assert [tensor() for tensor in alive] == [None] * len(alive)
+
+
+def test_what_is_handed_to_torch_is_not_kept_and_asked_for_no_strides(ran):
+    sparse, dense = torch.randn(1, 2, 4, 8).to_sparse(), torch.randn(1, 2, 4, 8)
+    before = kept()
+    with pytest.raises(RuntimeError) as stock:
+        torch.nn.functional.scaled_dot_product_attention(sparse, dense, dense)
+    with pytest.raises(RuntimeError) as ours:
+        scaled_dot_product_attention(sparse, dense, dense)
+    assert str(ours.value) == str(stock.value)
+    assert kept() == before

@@ -71,7 +71,8 @@ def call(query: Tensor, key: Tensor, value: Tensor, bias: Any, options: Options)
         bias = as_bias(bias)
         generation = registry.generation
         run = decide(scope, query, key, value, bias, options)
-        if place is not None and all(type(tensor) in _PLAIN for tensor in looked_at):
+        ours = run.candidate is not None  # else handed to torch, whose tensors may not even have strides
+        if ours and place is not None and all(type(tensor) in _PLAIN for tensor in looked_at):
             scope.keep(place, (recogniser(looked_at), autocast_of(query), run), generation)
     try:
         return run(query, key, value, bias)
