@@ -3,7 +3,18 @@
 This module loads no kernel library, opens no CUDA context and finds no plugin; the first call does what it needs.
 """
 
-from .bias import AttnBias, Causal, Intersection, KeyPadding, Mask, Neighborhood, TensorBias, Window, as_bias
+from .bias import (
+    AttnBias,
+    Causal,
+    Intersection,
+    KeyPadding,
+    Mask,
+    Neighborhood,
+    Segments,
+    TensorBias,
+    Window,
+    as_bias,
+)
 from .capabilities import ANY_DEVICE, ANY_DIM, Backward, Capabilities, Refusal
 from .cost import Cost
 from .errors import (
@@ -62,6 +73,7 @@ __all__ = [
     "Refusal",
     "Registration",
     "Row",
+    "Segments",
     "TensorBias",
     "UnboundBiasError",
     "UnknownKernelError",

@@ -6,6 +6,7 @@ from .convert import as_bias
 from .intersection import Intersection
 from .key_padding import KeyPadding
 from .neighborhood import Neighborhood
+from .segments import Segments
 from .tensor import TensorBias
 from .window import Window
 
@@ -16,6 +17,7 @@ __all__ = [
     "KeyPadding",
     "Mask",
     "Neighborhood",
+    "Segments",
     "TensorBias",
     "Window",
     "as_bias",

@@ -1,0 +1,336 @@
+"""Segments: documents packed behind each other in one sequence (varlen); none sees another."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, InputTypeError
+from ..tracing import constant
+from .base import Mask, TileKind, _is_tracing
+from .causal import Causal
+from .diagonal import check_corner_is_decided
+from .documents import WHOLE, Band, key_ranges, pack, rows_of, unpack
+from .window import Window
+
+SHOWN = 12  #: so many documents are listed by repr, before and after the rest
+
+
+@dataclass(frozen=True, repr=False, init=False)
+class Segments(Mask):
+    """Query i of document n sees the keys of document n, those that `within` lets it.
+
+    Args:
+        seqlens_q: queries of each document, ints >= 0; together they are seqlen_q.
+        seqlens_kv: keys of each document; None: as many as it has queries.
+        within: an unbound Causal or Window, which counts in each document from its own first query and key; None: all
+            of its keys. Its corner may be left out where no document's lengths differ.
+        starts_kv: the first key of each document; None: right behind the document before. With it, what lies between,
+            and behind the last one, is padding: it may be anything, NaN too.
+
+        Segments([2, 3])     Segments([2, 3], within=Causal())     Segments([2, 2], [2, 1], starts_kv=[0, 3])
+        ██···                █····                                 ██··
+        ██···                ██···                                 ██··
+        ··███                ··█··                                 ···█
+        ··███                ··██·                                 ···█
+        ··███                ··███
+
+    Raises InputTypeError for anything but integers, and InputError, naming the document, for lengths below 0, another
+    number of documents, keys that overlap or a corner that is missing; when bound, for other lengths in all.
+    """
+
+    packed: bytes
+    within: Causal | Window | None
+    has_gaps: bool  #: keys may lie between the documents, or behind them, that belong to none
+    lengths: tuple[int, int] | None = None
+    key: tuple[object, ...] = field(init=False, compare=False)
+
+    def __init__(
+        self,
+        seqlens_q: Sequence[int],
+        seqlens_kv: Sequence[int] | None = None,
+        *,
+        within: Causal | Window | None = None,
+        starts_kv: Sequence[int] | None = None,
+        lengths: tuple[int, int] | None = None,
+    ) -> None:
+        queries = _numbers("seqlens_q", seqlens_q)
+        keys = queries if seqlens_kv is None else _numbers("seqlens_kv", seqlens_kv)
+        starts = None if starts_kv is None else _numbers("starts_kv", starts_kv)
+        if within is not None and not isinstance(within, (Causal, Window)):
+            raise InputTypeError(f"Segments: within takes Causal, Window or None, got {type(within).__name__}")
+        if within is not None and within.lengths is not None:
+            raise InputError(
+                f"Segments: within must not be bound, as each document has its own lengths; got {within!r}"
+            )
+        self._set(_packed(queries, keys, starts, _kind(within), band_of(within)), within, starts is not None, lengths)
+
+    def _set(self, packed: bytes, within: Causal | Window | None, has_gaps: bool, lengths: Any) -> None:
+        object.__setattr__(self, "packed", packed)
+        object.__setattr__(self, "within", within)
+        object.__setattr__(self, "has_gaps", has_gaps)
+        object.__setattr__(self, "lengths", lengths)
+        inner = None if within is None else within.key
+        object.__setattr__(self, "key", (Segments, packed, inner, has_gaps, lengths))
+
+    @classmethod
+    def from_offsets(
+        cls,
+        offsets_q: Sequence[int] | Tensor,
+        offsets_kv: Sequence[int] | Tensor | None = None,
+        *,
+        within: Causal | Window | None = None,
+    ) -> Segments:
+        """Documents by where they begin, and the last one ends: `[0, 5, 14, 18]` are `[5, 9, 4]` (cu_seqlens).
+
+        A tensor is read once, which waits for its device; while a graph is traced it cannot be read. Raises InputError,
+        naming the index, for offsets that decrease or do not begin at 0.
+        """
+        keys = None if offsets_kv is None else _differences("offsets_kv", offsets_kv)
+        return cls(_differences("offsets_q", offsets_q), keys, within=within)
+
+    def __repr__(self) -> str:
+        queries, keys, starts = self.seqlens_q, self.seqlens_kv, self.starts_kv
+        text = f"Segments({_shown(queries)}"
+        if keys != queries:
+            text += f", {_shown(keys)}"
+        if self.within is not None:
+            text += f", within={self.within!r}"
+        if starts is not None:
+            text += f", starts_kv={_shown(starts)}"
+        return f"{text})" if self.lengths is None else f"{text}).bind{self.lengths}"
+
+    # What it is made of
+
+    @property
+    def seqlens_q(self) -> tuple[int, ...]:
+        """Queries of each document."""
+        return tuple(queries for queries, _ in unpack(self.packed).sizes())
+
+    @property
+    def seqlens_kv(self) -> tuple[int, ...]:
+        """Keys of each document."""
+        return tuple(keys for _, keys in unpack(self.packed).sizes())
+
+    @property
+    def starts_kv(self) -> tuple[int, ...] | None:
+        """The first key of each document; None where each begins right behind the one before."""
+        return tuple(unpack(self.packed).k0) if self.has_gaps else None
+
+    def documents(self) -> list[tuple[int, int, int, int]]:
+        """(q0, q1, k0, k1) of each: its queries are `[q0, q1)` and its keys `[k0, k1)`, in order."""
+        documents = unpack(self.packed)
+        return list(zip(documents.q, documents.q[1:], documents.k0, documents.k1))
+
+    def within_document(self, n: int) -> Causal | Window | None:
+        """What `within` is in document n, bound to its lengths; None where all of its keys are seen."""
+        if self.within is None:
+            return None
+        q0, q1, k0, k1 = self.documents()[n]
+        return self.within.bind(q1 - q0, k1 - k0)
+
+    # A value that may be bound
+
+    def bind(self, seqlen_q: int, seqlen_kv: int) -> Segments:
+        self._check_rebind(seqlen_q, seqlen_kv)
+        queries, end = totals(self.packed)
+        for name, has, got in (("seqlen_q", queries, seqlen_q), ("seqlen_kv", end, seqlen_kv)):
+            if name == "seqlen_kv" and self.has_gaps:
+                if got < has:
+                    raise InputError(f"bias: {self!r} has keys up to {has}, got seqlen_kv={got}")
+            elif has != got:
+                raise InputError(f"bias: the documents of {self!r} have {name}={has} together, got {name}={got}")
+        return self.at((seqlen_q, seqlen_kv))
+
+    def at(self, lengths: tuple[int, int]) -> Segments:
+        return made(self.packed, self.within, self.has_gaps, lengths)
+
+    def facts(self) -> tuple[Any, ...]:
+        inner = None if self.within is None else (type(self.within), self.within.facts())
+        return self.packed, inner, self.has_gaps
+
+    @classmethod
+    def from_facts(cls, facts: tuple[Any, ...], batch: int, num_heads: int, lengths: tuple[int, int]) -> Segments:
+        packed, inner, has_gaps = facts
+        # Without lengths: those of the documents are known, also where those of the sequence are symbolic.
+        within = None if inner is None else inner[0](*inner[1])
+        return made(packed, within, has_gaps, lengths)
+
+    # The rule, and what follows from it
+
+    def keep(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        low, high = _ranges_on(self.packed, band_of(self.within), q.device)
+        kept: Tensor = (k >= low[q]) & (k < high[q])
+        return kept
+
+    def span(self, q0: int, q1: int) -> tuple[int, int]:
+        return rows_of(self.packed, band_of(self.within)).span(q0, q1)
+
+    def tile(self, q0: int, q1: int, k0: int, k1: int) -> TileKind:
+        rows = rows_of(self.packed, band_of(self.within))
+        if not rows.any(q0, q1, k0, k1):
+            return "empty"
+        return "full" if rows.all(q0, q1, k0, k1) else "mixed"
+
+    def pairs(self) -> float:
+        self.bound_lengths()
+        return _pairs(self.packed, band_of(self.within))
+
+    @property
+    def has_padding(self) -> bool:
+        return self.has_gaps
+
+    def valid_keys(self, device: torch.device | str | None = None) -> Tensor | None:
+        if not self.has_gaps:
+            return None
+        seqlen_kv = self.bound_lengths()[1]
+        starts, ends = _key_borders(self.packed)
+        k = torch.arange(seqlen_kv, device="cpu" if device is None else device)
+        # As many documents have begun as have ended where a key belongs to none.
+        begun, ended = (torch.searchsorted(edges.to(k.device), k, right=True) for edges in (starts, ends))
+        return (begun != ended)[None]
+
+
+def made(packed: bytes, within: Causal | Window | None, has_gaps: bool, lengths: tuple[int, int] | None) -> Segments:
+    """One of values that were checked before."""
+    bias = object.__new__(Segments)
+    bias._set(packed, within, has_gaps, lengths)
+    return bias
+
+
+def band_of(within: Causal | Window | None) -> Band:
+    """The limits of `within`, as plain numbers."""
+    if within is None:
+        return WHOLE
+    if isinstance(within, Causal):
+        return None, 0, within.corner
+    left, right = within.left, within.right
+    return (
+        None if left is None else operator.index(left),
+        None if right is None else operator.index(right),
+        within.corner,
+    )
+
+
+def _kind(within: Causal | Window | None) -> str:
+    return "Causal" if isinstance(within, Causal) else "Window"
+
+
+# What is passed in
+
+
+def _numbers(name: str, values: Any) -> tuple[int, ...]:
+    """The ints that a caller gave; numbers that are symbolic become constants of the graph."""
+    if isinstance(values, (Tensor, str)) or not isinstance(values, Sequence):
+        hint = "; Segments.from_offsets takes tensors of offsets" if isinstance(values, Tensor) else ""
+        raise InputTypeError(f"Segments: {name} must be a sequence of ints, got {type(values).__name__}{hint}")
+    made = []
+    for n, value in enumerate(values):
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise InputTypeError(f"Segments: {name} must be ints, got {value!r} for document {n}")
+        made.append(operator.index(value))
+    return tuple(made)
+
+
+def _differences(name: str, offsets: Any) -> list[int]:
+    if isinstance(offsets, Tensor):
+        if _is_tracing():
+            raise InputTypeError(
+                f"Segments: {name} is a tensor, whose values cannot be read while a graph is traced; give ints, or make"
+                " the Segments before and pass it in"
+            )
+        if offsets.ndim != 1 or offsets.is_floating_point() or offsets.is_complex() or offsets.dtype is torch.bool:
+            raise InputTypeError(
+                f"Segments: {name} must be integers, [documents + 1], got {offsets.dtype} of shape"
+                f" {list(offsets.shape)}"
+            )
+        offsets = offsets.tolist()
+    values = _numbers(name, offsets)
+    if not values or values[0] != 0:
+        raise InputError(f"Segments: {name}[0] must be 0, where the first document begins, got {list(values[:1])}")
+    for n, (start, end) in enumerate(itertools.pairwise(values)):
+        if end < start:
+            raise InputError(f"Segments: {name} must not decrease, got {name}[{n}]={start}, {name}[{n + 1}]={end}")
+    return [end - start for start, end in itertools.pairwise(values)]
+
+
+@constant
+def _packed(
+    queries: tuple[int, ...], keys: tuple[int, ...], starts: tuple[int, ...] | None, kind: str, band: Band
+) -> bytes:
+    """The documents, checked."""
+    for name, values in (("seqlens_kv", keys), ("starts_kv", starts)):
+        if values is not None and len(values) != len(queries):
+            raise InputError(f"Segments: seqlens_q has {len(queries)} documents, {name} has {len(values)}")
+    for name, values in (("seqlens_q", queries), ("seqlens_kv", keys), ("starts_kv", starts)):
+        for n, value in enumerate(values or ()):
+            if value < 0:
+                raise InputError(f"Segments: {name} must be >= 0, got {value} for document {n}")
+    if starts is not None:
+        for n, (start, size, following) in enumerate(zip(starts, keys, starts[1:])):
+            if following < start + size:
+                raise InputError(
+                    f"Segments: keys must not overlap or go back, got keys {start} to {start + size} for document {n}"
+                    f" and starts_kv={following} for document {n + 1}"
+                )
+    if band != WHOLE:
+        for n, (seqlen_q, seqlen_kv) in enumerate(zip(queries, keys)):
+            try:
+                check_corner_is_decided(kind, band[2], seqlen_q, seqlen_kv)
+            except InputError as error:
+                raise InputError(f"Segments: in document {n}, {error}") from None
+    return pack(queries, keys, starts)
+
+
+def _shown(values: Sequence[int]) -> str:
+    if len(values) <= 2 * SHOWN:
+        return str(list(values))
+    listed = ", ".join([*map(str, values[:SHOWN]), "…", *map(str, values[-SHOWN:])])
+    return f"<{len(values)} documents: {listed}>"
+
+
+# Constants where a graph is traced
+
+
+@constant
+def totals(packed: bytes) -> tuple[int, int]:
+    """(queries in all, the end of the last key)."""
+    documents = unpack(packed)
+    return documents.q[-1], documents.k1[-1] if documents.k1 else 0
+
+
+@constant
+def _pairs(packed: bytes, band: Band) -> float:
+    return rows_of(packed, band).pairs
+
+
+@constant
+def _key_borders(packed: bytes) -> tuple[Tensor, Tensor]:
+    documents = unpack(packed)
+    return torch.tensor(documents.k0, device="cpu"), torch.tensor(documents.k1, device="cpu")
+
+
+@constant
+def _traced_ranges(packed: bytes, band: Band) -> Tensor:
+    return key_ranges(packed, band)
+
+
+@lru_cache(maxsize=8)
+def _kept_ranges(packed: bytes, band: Band, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return key_ranges(packed, band).to(device)
+
+
+def _ranges_on(packed: bytes, band: Band, device: torch.device) -> Tensor:
+    if _is_tracing():
+        return _traced_ranges(packed, band).to(device)
+    if torch._C._len_torch_dispatch_stack():  # under fake tensors, say: what is made now is of no use later
+        return key_ranges(packed, band).to(device)
+    return _kept_ranges(packed, band, device)
