@@ -438,7 +438,7 @@ def test_what_is_kept_holds_no_tensor_of_a_call():
     for bias in biases:
         attention(query, key, value, bias)
         attention(query, key, value, bias, return_lse=True)
-    held = [query, key, value, biases[1].tensor, biases[2].seqlens, biases[3].masks[1].seqlens]
+    held = [query, key, value, biases[1].tensor, biases[2].seqlens, biases[3].parts[1].seqlens]
     alive = [weakref.ref(tensor) for tensor in held]
     del query, key, value, bias, biases, held
     gc.collect()

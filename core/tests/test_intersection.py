@@ -65,7 +65,7 @@ def test_the_dense_form_is_what_both_keep(left, right, seqlen_q, seqlen_kv):
 def test_and_flattens_and_what_says_nothing_is_dropped():
     three = Causal("top-left") & KeyPadding([3]) & Window(2, 2, "top-left")
     assert isinstance(three, Intersection)
-    assert [type(mask) for mask in three.masks] == [Causal, KeyPadding, Window]
+    assert [type(mask) for mask in three.parts] == [Causal, KeyPadding, Window]
     assert (Causal("bottom-right") & Window(None, None, "top-left")).bind(4, 4).normalize() == Causal("top-left").bind(
         4, 4
     )
@@ -150,9 +150,9 @@ def test_it_is_traced_built_inside_or_passed_in(dynamic):
 @pytest.mark.parametrize(
     ("make", "error", "text"),
     [
-        (lambda: Causal() & TensorBias(torch.ones(2, 2)), TypeError, "unsupported operand"),
+        (lambda: Causal() & TensorBias(torch.ones(2, 2)), InputTypeError, "only masks intersect"),
         (lambda: Intersection((Causal(), "x")), InputTypeError, "takes masks, got str"),
-        (lambda: Intersection((Causal(),)), InputError, "two masks or more, got 1"),
+        (lambda: Intersection((Causal(),)), InputError, "takes two or more, got 1"),
         (lambda: Causal().bind(3, 3) & Window(1, 1).bind(4, 4), InputError, "was made for other lengths than"),
         (lambda: KeyPadding([1]) & KeyPadding([1, 2]) & KeyPadding([1, 2, 3]), InputError, "batch=2 and 3"),
         (lambda: (Causal() & KeyPadding([1])).bind(3, 4), InputError, "Causal.* has no corner"),

@@ -4,13 +4,17 @@ This module loads no kernel library, opens no CUDA context and finds no plugin; 
 """
 
 from .bias import (
+    ALiBi,
     AttnBias,
     Causal,
     Intersection,
     KeyPadding,
     Mask,
     Neighborhood,
+    RelPosTable,
+    Score,
     Segments,
+    Sum,
     TensorBias,
     Window,
     as_bias,
@@ -46,6 +50,7 @@ from .scope import allow, prefer, refresh
 __all__ = [
     "ANY_DEVICE",
     "ANY_DIM",
+    "ALiBi",
     "AttnBias",
     "AttnError",
     "Backward",
@@ -72,8 +77,11 @@ __all__ = [
     "Recorder",
     "Refusal",
     "Registration",
+    "RelPosTable",
     "Row",
+    "Score",
     "Segments",
+    "Sum",
     "TensorBias",
     "UnboundBiasError",
     "UnknownKernelError",

@@ -152,16 +152,22 @@ def _apply_zero(x: Operands, before: Problem, after: Problem, heads: int) -> Ope
     return replace(x, key=torch.where(valid, x.key, 0), value=torch.where(valid, x.value, 0))
 
 
-# materialize: a mask is written out as a tensor
+# materialize: a bias is written out as a tensor
 
 
 def _materialized(problem: Problem, capabilities: Capabilities) -> Problem | None:
     bias = problem.bias
-    if not isinstance(bias, Mask) or not takes_dense_mask(capabilities):
+    if bias is None or isinstance(bias, TensorBias) or not bias.has_dense_form or not takes_dense_mask(capabilities):
         return None
-    batch, num_heads = bias.batch_and_heads
-    dense = torch.empty((batch, num_heads, problem.seqlen_q, problem.seqlen_kv), dtype=torch.bool, device="meta")
+    dtype = torch.bool if isinstance(bias, Mask) else _dense_dtype(problem.dtype)
+    shape = (*bias.batch_and_heads, problem.seqlen_q, problem.seqlen_kv)
+    dense = torch.empty(shape, dtype=dtype, device="meta", requires_grad=bias.requires_grad)
     return replace(problem, bias=TensorBias(dense, bias.lengths))
+
+
+def _dense_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What numbers are written out in: wider than half precision, in which a distance of 257 keys is not a number."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def _dense_elements(before: Problem, after: Problem) -> Terms:
@@ -172,7 +178,7 @@ def _dense_elements(before: Problem, after: Problem) -> Terms:
 
 def _apply_materialize(x: Operands, before: Problem, after: Problem, heads: int) -> Operands:
     assert x.bias is not None
-    return replace(x, bias=TensorBias(x.bias.materialize(x.query.device), x.bias.lengths))
+    return replace(x, bias=TensorBias(x.bias.dense(x.query.device, _dense_dtype(x.query.dtype)), x.bias.lengths))
 
 
 EXPAND_KV = Adaptation("expand_kv", frozenset({"num_kv_heads"}), _expand, _expanded_elements, _apply_expand)

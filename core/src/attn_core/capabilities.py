@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from .bias import AttnBias, TensorBias
+from .bias import AttnBias, Sum, TensorBias
 from .errors import DeclarationError
 from .problem import Problem
 
@@ -41,7 +41,7 @@ class Backward:
     dtypes: Collection[torch.dtype] | None = None
     head_dims: Collection[int] | None = None
     biases: Collection[BiasKind] | None = None
-    bias_grad: bool = False  #: gives the gradient of a floating TensorBias
+    bias_grad: bool = False  #: gives the gradient of a floating TensorBias, and of what else is held by biases it takes
     lse_grad: bool = False  #: differentiates through the LSE that it returns
     deterministic: bool = False
     double: bool = False  #: differentiable twice
@@ -209,8 +209,11 @@ def covers(biases: Iterable[BiasKind], bias: AttnBias) -> bool:
     """Whether a declaration names `bias` (bound): its kind, or a value that means the same at these lengths.
 
     A kind is matched exactly, since a subclass may mean something else. An abstract one (`Mask`, `AttnBias`) covers
-    whatever derives from it, but not kinds with padding: never to read that is a promise made by name.
+    whatever derives from it, but not kinds with padding: never to read that is a promise made by name. `Sum` stands
+    for sums of what else is named.
     """
+    if type(bias) is Sum:
+        return Sum in biases and all(covers(biases, part) for part in bias.parts)
     for declared in biases:
         if isinstance(declared, type):
             if type(bias) is declared:
@@ -223,7 +226,7 @@ def covers(biases: Iterable[BiasKind], bias: AttnBias) -> bool:
 
 
 def takes_dense_mask(capabilities: Capabilities) -> bool:
-    """Whether the kernel takes a tensor for a bias, so that any mask can be written out for it."""
+    """Whether the kernel takes a tensor for a bias, so that others can be written out for it."""
     return TensorBias in capabilities.biases or AttnBias in capabilities.biases
 
 

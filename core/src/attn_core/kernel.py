@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from .bias import AttnBias, TensorBias
-from .capabilities import Capabilities, Refusal
+from .capabilities import Capabilities, Refusal, covers
 from .cost import UNDECLARED, Cost, Terms
 from .errors import DeclarationError
 from .problem import Problem
@@ -124,8 +124,9 @@ class Kernel:
     def terms(self, problem: Problem) -> Terms:
         """Estimated seconds for `problem`, as coefficients of its lengths."""
         bias = problem.bias
-        skips = bias is not None and type(bias) in self.skips
-        return self.cost(problem.device).terms(problem, skips=skips, dense_bias=isinstance(bias, TensorBias))
+        skips = bias is not None and bias.mask is not None and covers(self.skips, bias.mask)
+        dense = bias is not None and any(isinstance(part, TensorBias) for part in bias.scores)
+        return self.cost(problem.device).terms(problem, skips=skips, dense_bias=dense)
 
 
 def resolve(kernel: Kernel) -> Run:

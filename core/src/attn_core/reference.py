@@ -57,8 +57,7 @@ def reference_attention(
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if bound is not None:
-        dense = bound.materialize(logits.device)
-        logits = logits.masked_fill(~dense, MASKED) if dense.dtype is torch.bool else logits + dense.to(dtype)
+        logits = bound.apply(logits)
     return _softmax_times(logits, v, dropout_p)
 
 

@@ -5,7 +5,8 @@ the dense tensor, the drawn matrix, the pairs that a kernel visits and (for tile
 derived from it, so no kernel has a second opinion of what a mask means.
 
 Biases are values: frozen, comparable, picklable, and usable inside a compiled graph. They may be written without
-lengths; `bind` gives the value that knows them.
+lengths; `bind` gives the value that knows them. A kind is best a frozen dataclass, `lengths` the last of its fields;
+what can be told from the fields (`key`, `at`, `facts`, which tensors are held) has a default here.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import InputError, UnboundBiasError
+from ..errors import InputError, InputTypeError, UnboundBiasError
+from .fields import Derived, as_fact, changed, from_fact, look, made, on_meta, parameters
 
 Self = TypeVar("Self", bound="AttnBias")
 TileKind = Literal["empty", "full", "mixed"]
 
 _is_tracing = torch.compiler.is_dynamo_compiling  # looked up once: in a graph, each lookup is a guard
+
+MASKED = float("-inf")
 
 DRAWN_ROWS = 16
 DRAWN_COLUMNS = 64
@@ -41,21 +45,54 @@ def known(condition: Any) -> bool:
     return statically_known_true(condition)
 
 
+def indices(
+    batch: int, num_heads: int, seqlen_q: int, seqlen_kv: int, device: torch.device | str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(b, h, q, k) of every logit, broadcastable to `[batch, num_heads, seqlen_q, seqlen_kv]`."""
+    b = torch.arange(batch, device=device)[:, None, None, None]
+    h = torch.arange(num_heads, device=device)[:, None, None]
+    q = torch.arange(seqlen_q, device=device)[:, None]
+    return b, h, q, torch.arange(seqlen_kv, device=device)
+
+
 class AttnBias(ABC):
     """Anything that changes logits before the softmax.
 
-    A subclass gives `key`, `bind` and `materialize`; `Mask` derives the last from its rule.
+    A subclass gives `materialize`; `Mask` derives it from its rule, `Score` from what it adds. The rest has defaults,
+    told from the fields; of a frozen dataclass the last is `lengths: tuple[int, int] | None = None`.
     """
 
     #: (seqlen_q, seqlen_kv) once bound, else None.
     lengths: tuple[int, int] | None = None
 
-    #: All that a kernel's choice or memory safety may depend on, without the data. A subclass gives it.
-    key: Hashable
+    @Derived
+    def key(self) -> Hashable:
+        """All that a kernel's choice or memory safety may depend on, without the data."""
+        return (type(self), *[look(value) for _, value in parameters(self)], self.lengths)
 
-    @abstractmethod
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        assert isinstance(other, AttnBias)
+        pairs = zip(self.held().values(), other.held().values())
+        return self.key == other.key and all(a is b or a.is_meta or torch.equal(a, b) for a, b in pairs)
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __add__(self, other: AttnBias | Tensor) -> AttnBias:
+        """Both at once: what is added is summed, what is masked by either stays masked."""
+        from .sum import added_up  # which knows this module
+
+        return added_up(self, other)
+
+    def __radd__(self, other: Tensor) -> AttnBias:
+        return self + other
+
     def bind(self: Self, seqlen_q: int, seqlen_kv: int) -> Self:
         """The same bias, knowing its lengths. Raises InputError where it was made for others."""
+        self._check_rebind(seqlen_q, seqlen_kv)
+        return self.at((seqlen_q, seqlen_kv))
 
     @abstractmethod
     def materialize(self, device: torch.device | str | None = None) -> Tensor:
@@ -64,44 +101,90 @@ class AttnBias(ABC):
         Boolean (True = may attend) for a mask, floating (added to the logits) otherwise.
         """
 
+    def dense(self, device: torch.device | str | None, dtype: torch.dtype) -> Tensor:
+        """`materialize`, with a floating result computed in `dtype` where the rule can be."""
+        return self.materialize(device)
+
+    @property
+    def has_dense_form(self) -> bool:
+        """Whether a tensor can say what it does; a function of the logit itself cannot be written out."""
+        return True
+
+    def score(self, logit: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """The logit of query `q` and key `k`, batch entry `b` and head `h`, as this bias changes it.
+
+        Index tensors broadcast against each other and the logits.
+        """
+        dense = self.materialize(logit.device)
+        dense = dense.reshape((1,) * (4 - dense.ndim) + tuple(dense.shape))
+        batch, heads, rows, columns = (int(size != 1) for size in dense.shape)  # a size of 1 is read at index 0
+        value = dense[b * batch, h * heads, q * rows, k * columns]
+        return torch.where(value, logit, MASKED) if value.dtype is torch.bool else logit + value
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """Logits `[batch, num_heads, seqlen_q, seqlen_kv]`, as this bias changes them."""
+        dense = self.dense(logits.device, logits.dtype)
+        return logits.masked_fill(~dense, MASKED) if dense.dtype is torch.bool else logits + dense.to(logits.dtype)
+
+    @property
+    def mask(self) -> Mask | None:
+        """The part of it that is a mask; None where nothing of it is."""
+        return None
+
+    @property
+    def scores(self) -> tuple[AttnBias, ...]:
+        """The parts of it that are not masks, in the order in which they are applied."""
+        return (self,)
+
     @property
     def batch_and_heads(self) -> tuple[int, int]:
         """`(batch, num_heads)` that the bias was made for; 1 fits any."""
         return 1, 1
 
+    def held(self) -> dict[str, Tensor]:
+        """The tensors that the value holds, by name."""
+        return {name: value for name, value in parameters(self) if isinstance(value, Tensor)}
+
     @property
     def holds_data(self) -> bool:
         """Whether the value holds tensors: then a call's own bias is handed to the kernel, not the first one's."""
-        return False
+        return bool(self.held())
 
     @property
     def requires_grad(self) -> bool:
         """Whether a gradient flows to a tensor of this bias."""
-        return False
+        return any(tensor.requires_grad for tensor in self.held().values())
 
     @property
     def device(self) -> torch.device | None:
         """Where the tensors of this bias lie; None where it holds none."""
-        return None
+        return next((tensor.device for tensor in self.held().values()), None)
+
+    def to(self: Self, *args: torch.device | str | torch.dtype) -> Self:
+        """The same bias with its tensors moved or cast, as `Tensor.to`."""
+        return self._with({name: tensor.to(*args) for name, tensor in self.held().items()})  # type: ignore[call-overload]
 
     def without_data(self: Self) -> Self:
         """The same bias with its tensors on the meta device: what `Problem` keeps."""
-        return self
+        return self._with({name: on_meta(tensor) for name, tensor in self.held().items()})
 
-    @abstractmethod
+    def _with(self: Self, tensors: dict[str, Tensor]) -> Self:
+        return changed(self, tensors) if tensors else self
+
     def at(self: Self, lengths: tuple[int, int]) -> Self:
         """The same bias with these lengths, unchecked; `bind` is the checked form."""
+        return changed(self, {"lengths": lengths})
 
-    @abstractmethod
     def facts(self) -> tuple[Any, ...]:
         """What of it is constant where a graph is traced: plain values, no lengths, no tensors."""
+        return tuple([(name, as_fact(value)) for name, value in parameters(self)])
 
     @classmethod
-    @abstractmethod
     def from_facts(
         cls: type[Self], facts: tuple[Any, ...], batch: int, num_heads: int, lengths: tuple[int, int]
     ) -> Self:
         """A stand-in of these facts and sizes, without data, to weigh kernels by."""
+        return made(cls, {name: from_fact(fact) for name, fact in facts} | {"lengths": lengths})
 
     def normalize(self) -> AttnBias | None:
         """The simplest bias equal to this one at its lengths; None where it changes nothing."""
@@ -147,15 +230,28 @@ class Mask(AttnBias):
     `a & b` lets a query attend what both let it.
     """
 
-    def __and__(self, other: Mask) -> Mask:
+    def __and__(self, other: AttnBias) -> Mask:
         from .intersection import Intersection  # which is a mask itself
 
         if not isinstance(other, Mask):
+            if isinstance(other, AttnBias):
+                raise InputTypeError(f"{self!r} & {other!r}: only masks intersect; `+` adds what is no mask")
             return NotImplemented
         parts: list[Mask] = []
         for mask in (self, other):
-            parts += mask.masks if isinstance(mask, Intersection) else [mask]
+            parts += mask.parts if isinstance(mask, Intersection) else [mask]
         return Intersection(tuple(parts))
+
+    @property
+    def mask(self) -> Mask:
+        return self
+
+    @property
+    def scores(self) -> tuple[AttnBias, ...]:
+        return ()
+
+    def score(self, logit: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return torch.where(self.keep(b, h, q, k), logit, MASKED)
 
     @abstractmethod
     def keep(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -177,13 +273,7 @@ class Mask(AttnBias):
         """Boolean tensor, True = may attend, broadcastable to `[batch, num_heads, seqlen_q, seqlen_kv]`."""
         seqlen_q, seqlen_kv = self.bound_lengths()
         batch, num_heads = self.batch_and_heads
-        if device is None:
-            device = self.device or "cpu"
-        b = torch.arange(batch, device=device)[:, None, None, None]
-        h = torch.arange(num_heads, device=device)[:, None, None]
-        q = torch.arange(seqlen_q, device=device)[:, None]
-        k = torch.arange(seqlen_kv, device=device)
-        return self.keep(b, h, q, k)
+        return self.keep(*indices(batch, num_heads, seqlen_q, seqlen_kv, device or self.device or "cpu"))
 
     def draw(self) -> str:
         """The matrix of the first batch entry and head: `█` may attend, `·` masked; cut to 16 rows of 64."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, InputTypeError
-from .base import Mask, Self
+from .base import Mask
 
 
 class KeyPadding(Mask):
@@ -57,16 +57,11 @@ class KeyPadding(Mask):
         text = f"KeyPadding({shown})"
         return text if self.lengths is None else f"{text}.bind{self.lengths}"
 
-    def __eq__(self, other: object) -> bool:
-        if type(other) is not type(self) or self.key != other.key:
-            return NotImplemented if type(other) is not type(self) else False
-        return self.seqlens.is_meta or torch.equal(self.seqlens, other.seqlens)
-
-    def __hash__(self) -> int:
-        return hash(self.key)
+    def held(self) -> dict[str, Tensor]:
+        return {"seqlens": self.seqlens}
 
     @property
-    def key(self) -> tuple[object, ...]:  # type: ignore[override]
+    def key(self) -> tuple[object, ...]:
         return KeyPadding, type(self.seqlens), self.seqlens.shape, self.seqlens.dtype, self.seqlens.device, self.lengths
 
     @property
@@ -106,13 +101,8 @@ class KeyPadding(Mask):
     def from_facts(cls, facts: tuple[Any, ...], batch: int, num_heads: int, lengths: tuple[int, int]) -> KeyPadding:
         return cls(torch.empty(batch, dtype=facts[0], device="meta"), lengths)
 
-    def without_data(self) -> KeyPadding:
-        return KeyPadding(self.seqlens.to("meta"), self.lengths)
-
-    def to(self: Self, device: torch.device | str) -> KeyPadding:
-        """The same mask with its lengths on `device`."""
-        assert isinstance(self, KeyPadding)
-        return KeyPadding(self.seqlens.to(device), self.lengths)
+    def _with(self, tensors: dict[str, Tensor]) -> KeyPadding:
+        return KeyPadding(tensors["seqlens"], self.lengths)
 
     def keep(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return k < self.seqlens.to(k.device)[b]

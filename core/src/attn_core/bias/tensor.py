@@ -50,13 +50,12 @@ class TensorBias(AttnBias):
         assert isinstance(other, TensorBias)
         if self.tensor is other.tensor:
             return self.lengths == other.lengths
-        return self.key == other.key and (self.tensor.is_meta or torch.equal(self.tensor, other.tensor))
+        return super().__eq__(other)
 
-    def __hash__(self) -> int:
-        return hash(self.key)
+    __hash__ = AttnBias.__hash__
 
     @property
-    def key(self) -> tuple[object, ...]:  # type: ignore[override]
+    def key(self) -> tuple[object, ...]:
         # Read at every call: somebody may call requires_grad_() on a table that is held for long.
         tensor = self.tensor
         return (
@@ -116,17 +115,11 @@ class TensorBias(AttnBias):
         shape = [1 if one else size for one, size in zip(single, (batch, num_heads, *lengths))]
         return cls(torch.empty(shape, dtype=dtype, device="meta", requires_grad=requires_grad), lengths)
 
-    def without_data(self) -> TensorBias:
-        tensor = self.tensor
-        # Made anew, not moved: within a transform of torch.func, what is moved is still a part of it.
-        meta = torch.empty_strided(
-            tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta", requires_grad=tensor.requires_grad
-        )
-        return TensorBias(meta, self.lengths)
+    def held(self) -> dict[str, Tensor]:
+        return {"tensor": self.tensor}
 
-    def to(self, *args: torch.device | str | torch.dtype) -> TensorBias:
-        """The same bias with its tensor moved or cast, as `Tensor.to`."""
-        return TensorBias(self.tensor.to(*args), self.lengths)  # type: ignore[call-overload]
+    def _with(self, tensors: dict[str, Tensor]) -> TensorBias:
+        return TensorBias(tensors["tensor"], self.lengths)
 
     def materialize(self, device: torch.device | str | None = None) -> Tensor:
         """The tensor itself, moved where `device` is another."""

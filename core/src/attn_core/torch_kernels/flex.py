@@ -1,4 +1,4 @@
-"""torch/flex: FlexAttention. Takes any mask by its own rule, a dense bias, and a softcap.
+"""torch/flex: FlexAttention. Takes any mask and score by its own rule, a dense bias, and a softcap.
 
 On the CPU, FlexAttention has no backward, and outside a compiled graph it is not fused.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bias import AttnBias, Mask, TensorBias
+from ..bias import AttnBias, Mask, Score, Sum, TensorBias
 from ..capabilities import ANY_DIM, Backward, Capabilities
 from ..cost import Cost
 from ..kernel import Kernel
@@ -34,16 +34,19 @@ def run(
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention  # about a second: it loads dynamo
 
     tracing = torch.compiler.is_compiling()
+    if not query.is_cuda:  # forward only there: it refuses what requires a gradient, even under no_grad
+        query, key, value = query.detach(), key.detach(), value.detach()
     flex: Any = flex_attention if tracing or not query.is_cuda else _compiled()
     block_mask = None
-    if isinstance(bias, Mask):
-        fresh = tracing or bias.holds_data
-        block_mask = _block_mask(bias, query.device) if fresh else _cached_block_mask(bias, query.device)
+    mask = None if bias is None else bias.mask
+    if mask is not None:
+        fresh = tracing or mask.holds_data
+        block_mask = _block_mask(mask, query.device) if fresh else _cached_block_mask(mask, query.device)
     result = flex(
         query,
         key,
         value,
-        score_mod=_score_mod(bias, softcap, query),
+        score_mod=_score_mod(() if bias is None else bias.scores, softcap),
         block_mask=block_mask,
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
@@ -52,21 +55,26 @@ def run(
     return (result[0], result[1].lse) if return_lse else result
 
 
-def _score_mod(bias: AttnBias | None, softcap: float | None, query: Tensor) -> Callable[..., Tensor] | None:
-    """softcap, then the dense bias."""
-    if not isinstance(bias, TensorBias):
-        if softcap is None:
-            return None
-        return lambda score, b, h, q, k: softcap * torch.tanh(score / softcap)
-    dense = of_rank_four(additive(bias, torch.float32))
-    batch, heads, rows, columns = (int(size != 1) for size in dense.shape)  # a size of 1 is read at index 0
+def _score_mod(scores: tuple[AttnBias, ...], softcap: float | None) -> Callable[..., Tensor] | None:
+    """softcap, then what is no mask."""
+    if not scores and softcap is None:
+        return None
+    written = tuple([_additive(part) if isinstance(part, TensorBias) else part for part in scores])
 
-    def biased(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    def changed(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        score = score.float()  # outside a graph it comes in the operands' dtype
         if softcap is not None:
             score = softcap * torch.tanh(score / softcap)
-        return score + dense[b * batch, h * heads, q * rows, k * columns]
+        for part in written:
+            score = part.score(score, b, h, q, k)
+        return score
 
-    return biased
+    return changed
+
+
+def _additive(bias: TensorBias) -> TensorBias:
+    """In float32, as FlexAttention's scores are, whatever the operands."""
+    return TensorBias(of_rank_four(additive(bias, torch.float32)), bias.lengths)
 
 
 def _block_mask(bias: Mask, device: torch.device) -> Any:
@@ -100,7 +108,7 @@ KERNEL = Kernel(
             dtypes={torch.float32, torch.float16, torch.bfloat16},
             head_dims=ANY_DIM,
             head_dims_v=ANY_DIM,
-            biases={Mask, TensorBias},
+            biases={Mask, Score, Sum, TensorBias},
             gqa=True,
             softcap=True,
             return_lse=True,
@@ -113,7 +121,7 @@ KERNEL = Kernel(
             dtypes={torch.float32, torch.float16, torch.bfloat16},
             head_dims=frozenset({16, 32, 64, 128, 256}),
             head_dims_v=frozenset({16, 32, 64, 128, 256}),
-            biases={Mask, TensorBias},
+            biases={Mask, Score, Sum, TensorBias},
             backward=Backward(),
             gqa=True,
             softcap=True,

@@ -1,0 +1,33 @@
+"""Score: a bias that adds a number to every logit, defined by the rule of that number."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from .base import AttnBias, indices
+
+
+class Score(AttnBias):
+    """A bias that adds to the logits what `added` says; nothing is masked by it."""
+
+    @abstractmethod
+    def added(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor, dtype: torch.dtype) -> Tensor:
+        """What is added to the logit of query `q` and key `k` of batch entry `b` and head `h`, computed in `dtype`.
+
+        Index tensors broadcast against each other; a rule that ignores one leaves that dimension out. Differentiable
+        in the tensors that the bias holds.
+        """
+
+    def score(self, logit: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return logit + self.added(b, h, q, k, logit.dtype)
+
+    def materialize(self, device: torch.device | str | None = None) -> Tensor:
+        """Floating tensor, added to the logits, broadcastable to `[batch, num_heads, seqlen_q, seqlen_kv]`; float32."""
+        return self.dense(device, torch.float32)
+
+    def dense(self, device: torch.device | str | None, dtype: torch.dtype) -> Tensor:
+        lengths = self.bound_lengths()
+        return self.added(*indices(*self.batch_and_heads, *lengths, device or self.device or "cpu"), dtype)
