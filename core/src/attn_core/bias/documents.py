@@ -139,6 +139,63 @@ def rows_of(packed: bytes, band: Band) -> Rows:
     return Rows(unpack(packed), band)
 
 
+def without_empty(packed: bytes) -> bytes:
+    """The same without the documents that have neither queries nor keys."""
+    documents = unpack(packed)
+    if all(map(any, documents.sizes())):
+        return packed
+    left = [(*size, start) for size, start in zip(documents.sizes(), documents.k0) if any(size)]
+    seqlens_q, seqlens_kv, starts = zip(*left) if left else ((), (), ())
+    return pack(seqlens_q, seqlens_kv, starts)
+
+
+def common_band(documents: Documents, bands: list[Band], diagonal: int | None = None) -> Band | None:
+    """The simplest band that, in each document, leaves what all `bands` leave; None where no band does.
+
+    The first of `bands` lies on each document's own diagonal. So do the others, or, where `diagonal` is given, on one
+    that goes through the whole sequence: it is the key that query 0 has there.
+    """
+    left_of: list[list[int]] = []  # seqlen_q, seqlen_kv, and the lowest and the highest k - i that are left
+    for q0, q1, k0, k1 in zip(documents.q, documents.q[1:], documents.k0, documents.k1):
+        low, high = q0 - q1 + 1, k1 - k0 - 1
+        for place, (left, right, corner) in enumerate(bands):
+            across = place > 0 and diagonal is not None
+            centre = diagonal + q0 - k0 if across else offset(corner, q1 - q0, k1 - k0)  # type: ignore[operator]
+            low = low if left is None else max(low, centre - left)
+            high = high if right is None else min(high, centre + right)
+        if q0 < q1 and k0 < k1:
+            left_of.append([q1 - q0, k1 - k0, low, high])
+    corners: tuple[Corner, ...] = ("top-left", "bottom-right")
+    for corner in corners:
+        before, behind = [], []
+        for seqlen_q, seqlen_kv, low, high in left_of:
+            centre, first, last = offset(corner, seqlen_q, seqlen_kv), 1 - seqlen_q, seqlen_kv - 1
+            before.append((centre - low, low > first, centre - first))
+            behind.append((high - centre, high < last, last - centre))
+        left, right = _one_limit(before), _one_limit(behind)
+        if left != NO_LIMIT and right != NO_LIMIT:
+            return WHOLE if left is None and right is None else (left, right, corner)
+    return None
+
+
+#: No number of keys is the same limit in every document.
+NO_LIMIT = -1
+
+
+def _one_limit(limits: list[tuple[int, bool, int]]) -> int | None:
+    """The keys beside the diagonal that are the limit of every document: None for no limit, else NO_LIMIT.
+
+    Of each: (its limit, whether that cuts anything off, the least that does not).
+    """
+    found = {limit for limit, cuts, _ in limits if cuts}
+    if not found:
+        return None
+    limit = max(found)
+    if len(found) > 1 or limit < 0 or any(limit < enough for _, cuts, enough in limits if not cuts):
+        return NO_LIMIT
+    return limit
+
+
 def key_ranges(packed: bytes, band: Band) -> Tensor:
     """int32 `[2, seqlen_q]`, on the CPU: the first key that each query sees, and the one behind the last."""
     left, right, corner = band

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..errors import InputTypeError
 from .base import Mask, TileKind
 from .joint import Joint
+from .segments import Segments
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -66,8 +67,20 @@ class Intersection(Joint, Mask):
             # Twice the same is once; what holds data may differ under one key.
             if simpler is not None and (simpler.holds_data or all(simpler.key != other.key for other in left)):
                 left.append(simpler)
+        left = _joined(left)
         if len(left) < 2:
             return left[0] if left else None
         if len(left) == len(self.parts) and all(new is old for new, old in zip(left, self.parts)):
             return self
         return Intersection(tuple(left), self.lengths)
+
+
+def _joined(masks: list[Mask]) -> list[Mask]:
+    """The same with documents, and what can be said within each of them, as one mask."""
+    for segments in masks:
+        if isinstance(segments, Segments):
+            for other in masks:
+                both = None if other is segments else segments.joined(other)
+                if both is not None:
+                    return _joined([both] + [mask for mask in masks if mask is not segments and mask is not other])
+    return masks

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..errors import InputError, InputTypeError
 from ..tracing import constant
-from .base import Mask, TileKind, _is_tracing
+from .base import Mask, TileKind, _is_tracing, known
 from .causal import Causal
 from .diagonal import check_corner_is_decided
-from .documents import WHOLE, Band, key_ranges, pack, rows_of, unpack
+from .documents import WHOLE, Band, common_band, key_ranges, pack, rows_of, unpack, without_empty
 from .window import Window
 
 SHOWN = 12  #: so many documents are listed by repr, before and after the rest
@@ -183,6 +183,35 @@ class Segments(Mask):
         self.bound_lengths()
         return _pairs(self.packed, band_of(self.within))
 
+    def normalize(self) -> Segments | Causal | Window | None:
+        lengths = self.bound_lengths()
+        packed, band, count, end = _simplest(self.packed, band_of(self.within))
+        within = _within(band)
+        has_gaps = self.has_gaps and not (end >= 0 and known(lengths[1] == end))
+        if count < 2 and not has_gaps:
+            return None if within is None else within.at(lengths).normalize()
+        if (packed, within, has_gaps) == (self.packed, self.within, self.has_gaps):
+            return self
+        return made(packed, within, has_gaps, lengths)
+
+    def joined(self, other: Mask) -> Segments | None:
+        """Both masks as one, where that can be said of each document; None where it cannot."""
+        lengths = self.bound_lengths()
+        if isinstance(other, Segments):
+            if (self.packed, self.has_gaps) != (other.packed, other.has_gaps):
+                return None
+            band = _joined(self.packed, band_of(self.within), band_of(other.within), None)
+        elif isinstance(other, (Causal, Window)):
+            diagonal = 0
+            if other.corner == "bottom-right":
+                if self.has_gaps and _is_tracing():  # the number of keys may be symbolic
+                    return None
+                diagonal = lengths[1] - lengths[0]
+            band = _joined(self.packed, band_of(self.within), band_of(other), operator.index(diagonal))
+        else:
+            return None
+        return None if band is None else made(self.packed, _within(band), self.has_gaps, lengths)
+
     @property
     def has_padding(self) -> bool:
         return self.has_gaps
@@ -217,6 +246,14 @@ def band_of(within: Causal | Window | None) -> Band:
         None if right is None else operator.index(right),
         within.corner,
     )
+
+
+def _within(band: Band) -> Causal | Window | None:
+    """The simplest kind with these limits."""
+    left, right, corner = band
+    if left is None and right is None:
+        return None
+    return Causal(corner) if left is None and right == 0 else Window(left, right, corner)
 
 
 def _kind(within: Causal | Window | None) -> str:
@@ -304,6 +341,23 @@ def totals(packed: bytes) -> tuple[int, int]:
     """(queries in all, the end of the last key)."""
     documents = unpack(packed)
     return documents.q[-1], documents.k1[-1] if documents.k1 else 0
+
+
+@constant
+def _simplest(packed: bytes, band: Band) -> tuple[bytes, Band, int, int]:
+    """(documents, none of them empty; what `band` is in each; how many; where the keys end, -1 where gaps are left)."""
+    packed = without_empty(packed)
+    documents = unpack(packed)
+    simplest = common_band(documents, [band])
+    assert simplest is not None  # the band itself would do
+    follow = documents.k0 == [0, *documents.k1][:-1]
+    end = documents.k1[-1] if documents.k1 else 0
+    return packed, simplest, len(documents.k0), end if follow else -1
+
+
+@constant
+def _joined(packed: bytes, own: Band, other: Band, diagonal: int | None) -> Band | None:
+    return common_band(unpack(packed), [own, other], diagonal)
 
 
 @constant
