@@ -160,6 +160,7 @@ def test_every_accepting_kernel_agrees_with_the_reference(capsys: pytest.Capture
     everything = {
         *(f"torch.{name}" for name in ("float32", "float64", "bfloat16", "float16")),
         *("no bias", "Causal", "Window", "KeyPadding", "TensorBias bool", "TensorBias float"),
+        *("Neighborhood", "ALiBi", "RelPosTable", "Intersection", "Sum"),
         *("head_dim odd", "head_dim above 128", "head_dim_v", "gqa", "softcap", "dropout", "return_lse"),
         *("requires_grad", "lse_grad", "bias_grad", "strided_head_dim", "deterministic", "scale 0", "unequal lengths"),
         *("empty batch", "empty seqlen_q", "empty seqlen_kv"),

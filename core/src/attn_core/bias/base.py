@@ -12,8 +12,8 @@ what can be told from the fields (`key`, `at`, `facts`, which tensors are held) 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,15 +21,16 @@ from torch import Tensor
 from ..errors import InputError, InputTypeError, UnboundBiasError
 from .fields import Derived, as_fact, changed, from_fact, look, made, on_meta, parameters
 
+if TYPE_CHECKING:
+    from .paged import Paged
+
 Self = TypeVar("Self", bound="AttnBias")
 TileKind = Literal["empty", "full", "mixed"]
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 _is_tracing = torch.compiler.is_dynamo_compiling  # looked up once: in a graph, each lookup is a guard
 
 MASKED = float("-inf")
-
-DRAWN_ROWS = 16
-DRAWN_COLUMNS = 64
 
 
 def known(condition: Any) -> bool:
@@ -137,6 +138,15 @@ class AttnBias(ABC):
         return (self,)
 
     @property
+    def paged(self) -> Paged | None:
+        """The part of it that says in which pages the keys lie; None where they lie in a row."""
+        return None
+
+    def gathered(self) -> AttnBias:
+        """The same for keys that were taken from their pages and lie in a row."""
+        return self
+
+    @property
     def batch_and_heads(self) -> tuple[int, int]:
         """`(batch, num_heads)` that the bias was made for; 1 fits any."""
         return 1, 1
@@ -161,14 +171,20 @@ class AttnBias(ABC):
         return next((tensor.device for tensor in self.held().values()), None)
 
     def to(self: Self, *args: torch.device | str | torch.dtype) -> Self:
-        """The same bias with its tensors moved or cast, as `Tensor.to`."""
-        return self._with({name: tensor.to(*args) for name, tensor in self.held().items()})  # type: ignore[call-overload]
+        """The same bias with its tensors on another device, and its floating ones of another dtype, as `Module.to`."""
+        places = tuple([arg for arg in args if not isinstance(arg, torch.dtype)])
+        moved = {
+            name: tensor.to(*(args if tensor.is_floating_point() else places))  # type: ignore[call-overload]
+            for name, tensor in self.held().items()
+        }
+        return self.with_held(moved)
 
     def without_data(self: Self) -> Self:
         """The same bias with its tensors on the meta device: what `Problem` keeps."""
-        return self._with({name: on_meta(tensor) for name, tensor in self.held().items()})
+        return self.with_held({name: on_meta(tensor) for name, tensor in self.held().items()})
 
-    def _with(self: Self, tensors: dict[str, Tensor]) -> Self:
+    def with_held(self: Self, tensors: dict[str, Tensor]) -> Self:
+        """The same bias with other tensors in place of those of these names."""
         return changed(self, tensors) if tensors else self
 
     def at(self: Self, lengths: tuple[int, int]) -> Self:
@@ -206,6 +222,21 @@ class AttnBias(ABC):
         """How many (query, key) pairs remain, per batch entry and head; an estimate suffices."""
         seqlen_q, seqlen_kv = self.bound_lengths()
         return float(seqlen_q) * float(seqlen_kv)
+
+    def draw(self, batch_entry: int = 0, head: int = 0) -> str:
+        """The matrix of one batch entry and head, once bound; cut to 16 rows of 64.
+
+        Of a mask, `█` may attend and `·` is masked; where something is added, shades of it and what they stand for.
+        Raises UnboundBiasError before `bind`, InputError for a batch entry or head that it was not made for.
+        """
+        from .drawing import draw  # only for people
+
+        return draw(self, batch_entry, head)
+
+    def _repr_html_(self) -> str:
+        from .drawing import as_html
+
+        return as_html(self)
 
     def bound_lengths(self) -> tuple[int, int]:
         """`(seqlen_q, seqlen_kv)`; raises UnboundBiasError before `bind`."""
@@ -260,6 +291,11 @@ class Mask(AttnBias):
         Index tensors broadcast against each other; a rule that ignores one leaves that dimension out.
         """
 
+    def rule(self, device: torch.device | str) -> Rule:
+        """`keep` as a plain function, for indices on `device`. What it looks up is made and moved there beforehand: a
+        kernel that has the rule in its own code can make nothing there."""
+        return lambda b, h, q, k: self.keep(b, h, q, k)  # tracing refuses a bound method
+
     def span(self, q0: int, q1: int) -> tuple[int, int]:
         """Keys `[k0, k1)` outside which no query of `[q0, q1)` attends anything; may be too wide, never too narrow."""
         return 0, self.bound_lengths()[1]
@@ -274,17 +310,3 @@ class Mask(AttnBias):
         seqlen_q, seqlen_kv = self.bound_lengths()
         batch, num_heads = self.batch_and_heads
         return self.keep(*indices(batch, num_heads, seqlen_q, seqlen_kv, device or self.device or "cpu"))
-
-    def draw(self) -> str:
-        """The matrix of the first batch entry and head: `█` may attend, `·` masked; cut to 16 rows of 64."""
-        seqlen_q, seqlen_kv = self.bound_lengths()
-        rows, columns = min(seqlen_q, DRAWN_ROWS), min(seqlen_kv, DRAWN_COLUMNS)
-        q, k = torch.arange(rows, device="cpu")[:, None], torch.arange(columns, device="cpu")
-        zero = torch.zeros((), dtype=torch.long, device="cpu")
-        matrix = self.keep(zero, zero, q, k).expand(rows, columns).tolist()
-        lines = ["".join("█" if cell else "·" for cell in row) for row in matrix]
-        if columns < seqlen_kv:
-            lines = [line + " …" for line in lines]
-        if rows < seqlen_q:
-            lines.append("⋮")
-        return "\n".join(lines)

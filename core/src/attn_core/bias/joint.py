@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
 from .base import AttnBias
+
+if TYPE_CHECKING:
+    from .paged import Paged
 
 Self = TypeVar("Self", bound="Joint")
 
@@ -32,6 +35,8 @@ class Joint(AttnBias):
             if len(sizes) > 1:
                 made_for = " and ".join(map(str, sorted(sizes)))
                 raise InputError(f"{name}: its parts were made for {what}={made_for}")
+        if len([part for part in self.parts if part.paged is not None]) > 1:
+            raise InputError(f"{name}: keys lie in the pages of one Paged, got {' and '.join(map(repr, self.parts))}")
         devices = {part.device for part in self.parts} - {None}
         if len(devices) > 1:
             raise InputError(f"{name}: its parts lie on {' and '.join(sorted(map(str, devices)))}; move them to one")
@@ -45,8 +50,8 @@ class Joint(AttnBias):
 
     @property
     def batch_and_heads(self) -> tuple[int, int]:
-        sizes = [part.batch_and_heads for part in self.parts]
-        return max(batch for batch, _ in sizes), max(heads for _, heads in sizes)
+        batches, heads = zip(*[part.batch_and_heads for part in self.parts])
+        return next((n for n in batches if n != 1), 1), next((n for n in heads if n != 1), 1)  # an empty batch counts
 
     def held(self) -> dict[str, Tensor]:
         return {f"{i}.{name}": tensor for i, part in enumerate(self.parts) for name, tensor in part.held().items()}
@@ -60,6 +65,13 @@ class Joint(AttnBias):
         return any(part.requires_grad for part in self.parts)
 
     @property
+    def paged(self) -> Paged | None:
+        return next((part.paged for part in self.parts if part.paged is not None), None)
+
+    def gathered(self: Self) -> Self:
+        return self if self.paged is None else self._of([part.gathered() for part in self.parts], self.lengths)
+
+    @property
     def has_padding(self) -> bool:
         return any(part.has_padding for part in self.parts)
 
@@ -67,17 +79,18 @@ class Joint(AttnBias):
     def device(self) -> torch.device | None:
         return next((part.device for part in self.parts if part.device is not None), None)
 
-    def to(self: Self, *args: torch.device | str | torch.dtype) -> Self:
-        return self._of([part.to(*args) for part in self.parts], self.lengths)
+    def with_held(self: Self, tensors: dict[str, Tensor]) -> Self:
+        of_part: list[dict[str, Tensor]] = [{} for _ in self.parts]
+        for path, tensor in tensors.items():
+            place, _, name = path.partition(".")
+            of_part[int(place)][name] = tensor
+        return self._of([part.with_held(own) for part, own in zip(self.parts, of_part)], self.lengths)
 
     def bind(self: Self, seqlen_q: int, seqlen_kv: int) -> Self:
         return self._of([part.bind(seqlen_q, seqlen_kv) for part in self.parts], (seqlen_q, seqlen_kv))
 
     def at(self: Self, lengths: tuple[int, int]) -> Self:
         return self._of([part.at(lengths) for part in self.parts], lengths)
-
-    def without_data(self: Self) -> Self:
-        return self._of([part.without_data() for part in self.parts], self.lengths)
 
     def facts(self) -> tuple[Any, ...]:
         facts = []

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, InputTypeError
-from .base import Mask
+from .base import Mask, Rule
 
 
 class KeyPadding(Mask):
@@ -101,11 +101,15 @@ class KeyPadding(Mask):
     def from_facts(cls, facts: tuple[Any, ...], batch: int, num_heads: int, lengths: tuple[int, int]) -> KeyPadding:
         return cls(torch.empty(batch, dtype=facts[0], device="meta"), lengths)
 
-    def _with(self, tensors: dict[str, Tensor]) -> KeyPadding:
-        return KeyPadding(tensors["seqlens"], self.lengths)
+    def with_held(self, tensors: dict[str, Tensor]) -> KeyPadding:
+        return KeyPadding(tensors.get("seqlens", self.seqlens), self.lengths)
 
     def keep(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return k < self.seqlens.to(k.device)[b]
+
+    def rule(self, device: torch.device | str) -> Rule:
+        seqlens = self.seqlens.to(device)
+        return lambda b, h, q, k: k < seqlens[b]
 
     def valid_keys(self, device: torch.device | str | None = None) -> Tensor:
         seqlen_kv = self.bound_lengths()[1]

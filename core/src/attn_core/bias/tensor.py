@@ -118,8 +118,8 @@ class TensorBias(AttnBias):
     def held(self) -> dict[str, Tensor]:
         return {"tensor": self.tensor}
 
-    def _with(self, tensors: dict[str, Tensor]) -> TensorBias:
-        return TensorBias(tensors["tensor"], self.lengths)
+    def with_held(self, tensors: dict[str, Tensor]) -> TensorBias:
+        return TensorBias(tensors.get("tensor", self.tensor), self.lengths)
 
     def materialize(self, device: torch.device | str | None = None) -> Tensor:
         """The tensor itself, moved where `device` is another."""

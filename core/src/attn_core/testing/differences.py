@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..bias import TensorBias
+from ..bias import AttnBias
 from ..functional import attention
 from ..problem import Problem
 from ..reference import reference_attention
@@ -17,19 +17,9 @@ from .budget import Comparison, compare
 from .naive import naive_attention, terms_of
 from .problems import Inputs
 
-
-@dataclass(frozen=True, kw_only=True)
-class Results:
-    """What a run gives: `out`, and what else was asked for."""
-
-    out: Tensor
-    lse: Tensor | None = None
-    dq: Tensor | None = None
-    dk: Tensor | None = None
-    dv: Tensor | None = None
-    dbias: Tensor | None = None
-
-
+#: What a run gives, by name: "out", and "lse", "dq", "dk", "dv" and "dbias" where they were asked for; the gradient of
+#: a bias that holds more than one tensor is named by the tensor, "dbias.slopes".
+Results = dict[str, Tensor]
 Call = Callable[[Inputs], Any]
 
 
@@ -37,24 +27,30 @@ def results_of(call: Call, problem: Problem, inputs: Inputs) -> Results:
     """Runs `call(inputs)`, which returns out, or (out, lse), and its backward where the problem needs one."""
     result = call(inputs)
     out, lse = result if isinstance(result, tuple) else (result, None)
-    if not problem.return_lse:
-        lse = None
+    results = {"out": out}
+    if problem.return_lse and lse is not None:
+        results["lse"] = lse
     if not problem.needs_backward:
-        return Results(out=out, lse=lse)
+        return results
     wanted = {}
     if problem.requires_grad:
         wanted = {"dq": inputs.query, "dk": inputs.key, "dv": inputs.value}
     if problem.bias_requires_grad:
-        assert isinstance(inputs.bias, TensorBias)
-        wanted["dbias"] = inputs.bias.tensor
+        wanted |= trained(inputs.bias)
     outputs, fed = [out], [inputs.grad_out.to(out.dtype)]
-    if lse is not None and lse.requires_grad:
+    if "lse" in results and results["lse"].requires_grad:
         assert inputs.grad_lse is not None
         # An empty row's LSE is -inf whatever the operands: it has gradient 0.
-        outputs, fed = [out, lse], [*fed, inputs.grad_lse.to(lse.dtype)]
+        outputs, fed = [out, results["lse"]], [*fed, inputs.grad_lse.to(results["lse"].dtype)]
     gradients = torch.autograd.grad(outputs, list(wanted.values()), fed, allow_unused=True)
-    given = {n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(wanted.items(), gradients)}
-    return Results(out=out, lse=lse, **given)
+    return results | {n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(wanted.items(), gradients)}
+
+
+def trained(bias: AttnBias | None) -> dict[str, Tensor]:
+    """The tensors of a bias that require a gradient, by the name of that gradient."""
+    held = {} if bias is None else bias.held()
+    named = {"dbias" if len(held) == 1 else f"dbias.{name}": tensor for name, tensor in held.items()}
+    return {name: tensor for name, tensor in named.items() if tensor.requires_grad}
 
 
 def by_kernel(name: str) -> Call:
@@ -93,22 +89,36 @@ def differences(problem: Problem, inputs: Inputs, *calls: Call) -> list[list[Com
     terms = {"out": found.out, "lse": found.lse, "dq": found.query, "dk": found.key, "dv": found.value}
     dtypes = dict.fromkeys(terms, problem.dtype)
     dtypes["lse"] = torch.float64 if problem.dtype is torch.float64 else torch.float32
-    if isinstance(inputs.bias, TensorBias):
-        terms["dbias"] = found.bias.sum_to_size(inputs.bias.tensor.shape)
-        dtypes["dbias"] = inputs.bias.tensor.dtype
+    for name, tensor in trained(inputs.bias).items():
+        terms[name] = _terms_of_gradient(inputs.bias, tensor, found.bias)
+        dtypes[name] = tensor.dtype
     comparisons = []
     for call in calls:
         got = results_of(call, problem, inputs)
         comparisons.append(
             [
-                Comparison(name=name, passed=False, problem="is missing")
-                if getattr(got, name) is None
-                else compare(name, getattr(got, name), exact, getattr(naive, name), dtypes[name], terms=terms[name])
-                for name, exact in vars(reference).items()
-                if exact is not None
+                compare(name, got[name], exact, naive[name], dtypes[name], terms=terms[name])
+                if name in got
+                else Comparison(name=name, passed=False, problem="is missing")
+                for name, exact in reference.items()
             ]
         )
     return comparisons
+
+
+def _terms_of_gradient(bias: AttnBias | None, tensor: Tensor, to_logits: Tensor) -> Tensor:
+    """How large the terms are that the gradient of a held tensor sums up; `to_logits` those of the logits' gradient."""
+    assert bias is not None
+    with torch.enable_grad():
+        dense = bias.bind(*to_logits.shape[2:]).dense(tensor.device, torch.float64)
+        (terms,) = torch.autograd.grad(
+            dense, tensor, to_logits.sum_to_size(_rank_four(dense)).reshape(dense.shape).to(dense.dtype)
+        )
+    return terms.abs()
+
+
+def _rank_four(tensor: Tensor) -> tuple[int, ...]:
+    return (1,) * (4 - tensor.ndim) + tuple(tensor.shape)
 
 
 def _in_float64(inputs: Inputs) -> Inputs:
@@ -118,6 +128,7 @@ def _in_float64(inputs: Inputs) -> Inputs:
         return tensor.detach().double().requires_grad_(tensor.requires_grad)
 
     bias = inputs.bias
-    if isinstance(bias, TensorBias) and bias.tensor.dtype is not torch.bool:
-        bias = TensorBias(wide(bias.tensor), bias.lengths)
+    if bias is not None:
+        held = {name: wide(tensor) for name, tensor in bias.held().items() if tensor.is_floating_point()}
+        bias = bias.with_held(held)
     return replace(inputs, query=wide(inputs.query), key=wide(inputs.key), value=wide(inputs.value), bias=bias)

@@ -116,10 +116,7 @@ def _logits(
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits.to(wide)
     bound = _bound(bias, query.transpose(1, 2), key.transpose(1, 2))
-    if bound is None:
-        return logits
-    dense = bound.materialize(logits.device)
-    return torch.where(dense, logits, MASKED) if dense.dtype is torch.bool else logits + dense.to(wide)
+    return logits if bound is None else bound.apply(logits)
 
 
 def _softmax(logits: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..bias import AttnBias, KeyPadding, TensorBias
+from ..bias.joint import Joint
 from ..problem import Problem
 
 Layout = Literal["contiguous", "heads-first", "packed"]
@@ -44,7 +45,7 @@ def build(
     """Operands that ask `problem`.
 
     Args:
-        problem: its tensor biases and key paddings have shapes and dtypes only (meta); they are filled here.
+        problem: the tensors of its bias have shapes and dtypes only (meta); they are filled here.
             `strided_head_dim` gives every operand a strided last dimension, and then `layout` does not count.
         seed: the same seed gives the same numbers on every machine.
         layout: "contiguous"; "heads-first": stored `[batch, num_heads, seqlen, head_dim]`; "packed": slices of wider
@@ -53,7 +54,7 @@ def build(
         empty_rows: mask every key for the first query (in a tensor bias) or batch entry (in a key padding).
         bias: use this one instead of filling the problem's.
 
-    Raises TypeError for a bias that holds tensors and is of a kind unknown here; give it by `bias`.
+    Raises TypeError for a bias of a kind unknown here that holds integers; give it by `bias`.
     """
     generator = torch.Generator().manual_seed(seed)
     wide = torch.float64 if problem.dtype is torch.float64 else torch.float32
@@ -103,28 +104,38 @@ def _strided(tensor: Tensor) -> Tensor:
 
 
 def _filled(bias: AttnBias, generator: torch.Generator, empty_rows: bool) -> AttnBias:
-    if not bias.holds_data:
-        return bias
-    seqlen_q, seqlen_kv = bias.bound_lengths()
+    """The bias with numbers in its tensors."""
+    if isinstance(bias, Joint):
+        parts = [_filled(part, generator, empty_rows) for part in bias.parts]
+        return type(bias)(tuple(parts), bias.lengths)  # type: ignore[call-arg]
     if isinstance(bias, KeyPadding):
-        seqlens = torch.randint(0, seqlen_kv + 1, bias.seqlens.shape, generator=generator)
+        seqlens = torch.randint(0, bias.bound_lengths()[1] + 1, bias.seqlens.shape, generator=generator)
         if empty_rows and seqlens.numel():
             seqlens[0] = 0
-        return KeyPadding(seqlens.to(bias.seqlens.dtype)).bind(seqlen_q, seqlen_kv)
+        return bias.with_held({"seqlens": seqlens.to(bias.seqlens.dtype)})
     if isinstance(bias, TensorBias):
-        shape, dtype = bias.tensor.shape, bias.tensor.dtype
-        keep = torch.rand(shape, generator=generator) > 0.2
-        if empty_rows and keep.numel():
-            (keep[..., 0, :] if keep.ndim > 1 else keep)[...] = False
-        if dtype is torch.bool:
-            return TensorBias(keep).bind(seqlen_q, seqlen_kv)
-        numbers = torch.randn(shape, generator=generator).to(dtype).masked_fill(~keep, float("-inf"))
-        return TensorBias(numbers.requires_grad_(bias.requires_grad)).bind(seqlen_q, seqlen_kv)
-    raise TypeError(f"build: no rule to fill a {type(bias).__name__}; give one with bias=")
+        return bias.with_held({"tensor": _dense(bias.tensor, generator, empty_rows)})
+    held = bias.held()
+    if not all(tensor.is_floating_point() for tensor in held.values()):
+        raise TypeError(f"build: no rule to fill a {type(bias).__name__}; give one with bias=")
+    return bias.with_held({name: _normal(tensor, generator) for name, tensor in held.items()})
+
+
+def _dense(like: Tensor, generator: torch.Generator, empty_rows: bool) -> Tensor:
+    keep = torch.rand(like.shape, generator=generator) > 0.2
+    if empty_rows and keep.numel():
+        (keep[..., 0, :] if keep.ndim > 1 else keep)[...] = False
+    if like.dtype is torch.bool:
+        return keep
+    return _normal(like, generator).detach().masked_fill(~keep, float("-inf")).requires_grad_(like.requires_grad)
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator).to(like.dtype).requires_grad_(like.requires_grad)
 
 
 def _moved(bias: AttnBias | None, device: str) -> AttnBias | None:
-    if isinstance(bias, TensorBias) and bias.tensor.device.type != device:
-        grad = bias.requires_grad
-        return TensorBias(bias.tensor.detach().to(device).requires_grad_(grad), bias.lengths)
-    return bias
+    if bias is None or bias.device is None or bias.device.type == device:
+        return bias
+    held = bias.held().items()
+    return bias.with_held({name: x.detach().to(device).requires_grad_(x.requires_grad) for name, x in held})

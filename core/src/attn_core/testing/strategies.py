@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from ..bias import AttnBias, Causal, KeyPadding, TensorBias, Window
+from ..bias import ALiBi, AttnBias, Causal, KeyPadding, Neighborhood, RelPosTable, Sum, TensorBias, Window
 from ..problem import Problem
 from .problems import LAYOUTS
 
@@ -21,7 +21,9 @@ HEADS = ((1, 1), (2, 2), (3, 3), (2, 1), (4, 2), (6, 2), (3, 1))
 HEAD_DIMS = (1, 3, 8, 9, 16, 24, 32, 40, 64, 65, 72, 130, 257)
 SCALES = (None, None, None, 1.0, 0.05, 0.0, -0.3)
 SOFTCAPS = (None, None, None, 0.5, 3.0, 30.0)
-KINDS = (None, None, Causal, Window, KeyPadding, TensorBias, TensorBias)
+#: Kinds whose sums are drawn; those of two masks are intersections.
+PARTS = (Causal, Window, KeyPadding, Neighborhood, ALiBi, TensorBias)
+KINDS = (None, None, Causal, Window, KeyPadding, TensorBias, TensorBias, Neighborhood, ALiBi, RelPosTable, Sum, Sum)
 CORNERS = ("top-left", "bottom-right")
 LIMITS = (None, 0, 1, 2, 4, 16)
 
@@ -72,24 +74,54 @@ def problems(draw: Any, dropout: bool = True) -> Problem:
 @st.composite
 def biases(draw: Any, batch: int, num_heads: int, seqlen_q: int, seqlen_kv: int, dtype: torch.dtype) -> AttnBias | None:
     """No bias, or one of a random kind for these sizes; tensors are on the meta device, to be filled."""
+    sizes = batch, num_heads, seqlen_q, seqlen_kv
     kind = draw(st.sampled_from(KINDS))
+    if kind is Sum:
+        parts = [kind for kind in PARTS if kind is not Neighborhood or seqlen_q == seqlen_kv > 0]
+        first, second = draw(st.sampled_from(parts)), draw(st.sampled_from(parts))
+        added: AttnBias = draw(_of_kind(first, *sizes, dtype)) + draw(_of_kind(second, *sizes, dtype))
+        return added
+    if kind in (Neighborhood, RelPosTable) and not seqlen_q == seqlen_kv > 0:
+        kind = ALiBi
+    bias: AttnBias | None = None if kind is None else draw(_of_kind(kind, *sizes, dtype))
+    return bias
+
+
+@st.composite
+def _of_kind(
+    draw: Any, kind: Any, batch: int, num_heads: int, seqlen_q: int, seqlen_kv: int, dtype: torch.dtype
+) -> AttnBias:
+    corner = draw(st.sampled_from(CORNERS))
     if kind is Causal:
-        return Causal(draw(st.sampled_from(CORNERS)))
+        return Causal(corner)
     if kind is Window:
-        left, right = draw(st.sampled_from(LIMITS)), draw(st.sampled_from(LIMITS))
-        return Window(left, right, draw(st.sampled_from(CORNERS)))
+        return Window(draw(st.sampled_from(LIMITS)), draw(st.sampled_from(LIMITS)), corner)
     if kind is KeyPadding:
         return KeyPadding(torch.empty(batch, dtype=torch.int64, device="meta"))
-    if kind is TensorBias:
-        full = (batch, num_heads, seqlen_q, seqlen_kv)
-        rank = draw(st.sampled_from((4, 4, 3, 2)))
-        shape = tuple(1 if draw(_one_in(4)) else size for size in full[4 - rank :])
-        floating = torch.float32 if draw(_one_in(3)) else dtype
-        tensor = torch.empty(shape, dtype=draw(st.sampled_from((torch.bool, floating))), device="meta")
-        if tensor.dtype is not torch.bool and draw(_one_in(2)):
-            tensor.requires_grad_()
-        return TensorBias(tensor)
-    return None
+    if kind is Neighborhood:
+        kernel = draw(st.integers(1, seqlen_q))
+        stride, dilation = draw(st.integers(1, kernel)), draw(st.integers(1, seqlen_q // kernel))
+        is_causal = draw(st.booleans())
+        return Neighborhood(seqlen_q, kernel_size=kernel, stride=stride, dilation=dilation, is_causal=is_causal)
+    if kind is ALiBi:
+        shape = draw(st.sampled_from((None, (num_heads,), (batch, num_heads))))
+        return ALiBi(num_heads, None if shape is None else draw(_floating(shape, dtype)), corner)
+    if kind is RelPosTable:
+        reach = draw(st.integers(1, seqlen_q + 1))
+        return RelPosTable(draw(_floating((num_heads, 2 * reach - 1), dtype)), seqlen_q, draw(st.sampled_from((1, 2))))
+    assert kind is TensorBias
+    full = (batch, num_heads, seqlen_q, seqlen_kv)
+    rank = draw(st.sampled_from((4, 4, 3, 2)))
+    shape = tuple(1 if draw(_one_in(4)) else size for size in full[4 - rank :])
+    if draw(st.booleans()):
+        return TensorBias(torch.empty(shape, dtype=torch.bool, device="meta"))
+    return TensorBias(draw(_floating(shape, dtype)))
+
+
+@st.composite
+def _floating(draw: Any, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    chosen = torch.float32 if draw(_one_in(3)) else dtype
+    return torch.empty(shape, dtype=chosen, device="meta", requires_grad=draw(st.booleans()))
 
 
 def layouts() -> st.SearchStrategy[str]:
