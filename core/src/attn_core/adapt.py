@@ -57,10 +57,33 @@ class Adaptation:
         return work.times(2.0) if before.needs_backward else work
 
 
+# gather_pages: keys and values are taken from their pages and laid in a row, each sequence for itself
+
+
+def _gathered(problem: Problem, capabilities: Capabilities) -> Problem | None:
+    bias = problem.bias
+    return replace(problem, bias=bias.gathered().normalize()) if bias is not None and problem.in_pages else None
+
+
+def _apply_gather(x: Operands, before: Problem, after: Problem, heads: int) -> Operands:
+    assert x.bias is not None
+    pages = x.bias.paged
+    assert pages is not None
+    key, value = x.key, x.value
+    if heads == 1:  # gathered as the pages lie, heads last, so that each page is one copy
+        key, value = key.transpose(1, 2), value.transpose(1, 2)
+    key, value = pages.gather(key), pages.gather(value)
+    if heads == 1:
+        key, value = key.transpose(1, 2), value.transpose(1, 2)
+    return replace(x, key=key, value=value, bias=x.bias.gathered().normalize())
+
+
 # expand_kv: every query head gets a key head of its own
 
 
 def _expand(problem: Problem, capabilities: Capabilities) -> Problem | None:
+    if problem.in_pages:  # a pool is not copied as a whole: it holds the pages of others, too
+        return None
     return replace(problem, num_kv_heads=problem.num_heads)
 
 
@@ -86,6 +109,8 @@ def _next_size(capabilities: Capabilities, least: int) -> int | None:
 
 
 def _padded(problem: Problem, capabilities: Capabilities) -> Problem | None:
+    if problem.in_pages:
+        return None
     free_v = capabilities.head_dims_v
     least = problem.head_dim if free_v is not None else max(problem.head_dim, problem.head_dim_v)
     size = _next_size(capabilities, least)
@@ -181,6 +206,9 @@ def _apply_materialize(x: Operands, before: Problem, after: Problem, heads: int)
     return replace(x, bias=TensorBias(x.bias.dense(x.query.device, _dense_dtype(x.query.dtype)), x.bias.lengths))
 
 
+GATHER_PAGES = Adaptation(
+    "gather_pages", frozenset({"bias", "backward.biases"}), _gathered, _kv_elements, _apply_gather
+)
 EXPAND_KV = Adaptation("expand_kv", frozenset({"num_kv_heads"}), _expand, _expanded_elements, _apply_expand)
 PAD_HEAD_DIM = Adaptation("pad_head_dim", frozenset({"head_dim", "head_dim_v"}), _padded, _padded_elements, _apply_pad)
 CONTIGUOUS = Adaptation("contiguous", frozenset({"strided_head_dim"}), _contiguous, _all_elements, _apply_contiguous)
@@ -189,5 +217,6 @@ MATERIALIZE = Adaptation(
     "materialize", frozenset({"bias", "backward.biases"}), _materialized, _dense_elements, _apply_materialize
 )
 
-#: In the order in which they are tried and applied: padding is zeroed before the bias that knows it is gone.
-ADAPTATIONS = (CONTIGUOUS, EXPAND_KV, PAD_HEAD_DIM, ZERO_PADDING, MATERIALIZE)
+#: In the order in which they are tried and applied: no pool of pages is copied as a whole, and padding is zeroed before
+#: the bias that knows it is gone.
+ADAPTATIONS = (GATHER_PAGES, CONTIGUOUS, EXPAND_KV, PAD_HEAD_DIM, ZERO_PADDING, MATERIALIZE)

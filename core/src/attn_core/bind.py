@@ -78,9 +78,18 @@ def _direct(run: Run, problem: Problem, bias: AttnBias | None) -> Bound:
         return lambda query, key, value, b: run(query, key, value, bias=b.at(lengths), scale=scale, **options)
 
     def run_with(query: Tensor, key: Tensor, value: Tensor, b: AttnBias) -> Any:
-        return run(query, key, value, bias=b.bind(*lengths).normalize(), scale=scale, **options)
+        return run(query, key, value, bias=_anew(b, lengths, key), scale=scale, **options)
 
     return run_with
+
+
+def _anew(bias: AttnBias, lengths: tuple[int, int], key: Tensor) -> AttnBias | None:
+    """A call's own bias, with what it holds checked as that of the first call was."""
+    bound = bias.bind(*lengths).normalize()
+    pages = None if bound is None else bound.paged
+    if pages is not None:
+        pages.check_pages(key.shape[0])
+    return bound
 
 
 def _adapted(run: Run, heads: int, steps: Steps, problem: Problem, bias: AttnBias | None) -> Bound:
@@ -91,7 +100,7 @@ def _adapted(run: Run, heads: int, steps: Steps, problem: Problem, bias: AttnBia
     constant = bias if bias is None or not bias.holds_data else None
 
     def call(query: Tensor, key: Tensor, value: Tensor, b: AttnBias | None) -> Any:
-        given = constant if b is None or constant is not None or lengths is None else b.bind(*lengths).normalize()
+        given = constant if b is None or constant is not None or lengths is None else _anew(b, lengths, key)
         x = Operands(query, key, value, given)
         for i, (adaptation, after) in enumerate(steps):
             x = adaptation.apply(x, befores[i], after, heads)

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from .bias import AttnBias, Sum, TensorBias
+from .bias import AttnBias, Paged, Sum, TensorBias
 from .errors import DeclarationError
 from .problem import Problem
 
@@ -58,7 +58,8 @@ class Capabilities:
         head_dims: sizes of query's and key's last dimension: a range or a set.
         head_dims_v: sizes of value's where it may differ from head_dim; None: it must be equal.
         biases: kinds, or values where only part of a kind is supported: {Causal} both corners,
-            {Causal("bottom-right")} that one. A kind that has padding (KeyPadding) is a promise to never read it.
+            {Causal("bottom-right")} that one. A kind that has padding (KeyPadding) is a promise to never read it; with
+            Paged, alone or as a part, `run` is given the pages as they lie, and reads those of the table.
         backward: what the backward can do; True: the same as the forward; None or False: there is none.
         gqa: num_kv_heads may divide num_heads.
         softcap, dropout, return_lse: `run` takes the argument of that name.
@@ -210,8 +211,10 @@ def covers(biases: Iterable[BiasKind], bias: AttnBias) -> bool:
 
     A kind is matched exactly, since a subclass may mean something else. An abstract one (`Mask`, `AttnBias`) covers
     whatever derives from it, but not kinds with padding: never to read that is a promise made by name. `Sum` stands
-    for sums of what else is named.
+    for sums of what else is named. Where a part is Paged, that must be named too: key and value are pages then.
     """
+    if bias.paged is not None and Paged not in biases:
+        return False
     if type(bias) is Sum:
         return Sum in biases and all(covers(biases, part) for part in bias.parts)
     for declared in biases:

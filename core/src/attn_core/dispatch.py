@@ -17,7 +17,7 @@ from .bias import AttnBias, Causal, TensorBias, as_bias
 from .bind import bind, under_autocast
 from .bind import heads_of as layout_of
 from .broadcast import broadcasting
-from .door import HEADS_FIRST, HEADS_LAST, examine, foreign
+from .door import HEADS_FIRST, HEADS_LAST, examine, foreign, refuse_pages
 from .errors import AttnError, InputTypeError
 from .kernel import Bound
 from .problem import Problem
@@ -85,6 +85,7 @@ def decide(scope: Scope, query: Tensor, key: Tensor, value: Tensor, bias: AttnBi
     """The function that runs this call, and every other that looks the same."""
     door, scale, softcap, dropout_p, return_lse, kernel = options[:6]
     if door != ATTENTION:
+        refuse_pages(bias)
         reason = what_is_foreign(query, key, value)
         if reason is not None:
             return handed_to_torch(scope, door, scale, dropout_p, reason)
@@ -130,6 +131,8 @@ def asked(
 ) -> Problem:
     """The problem that a call would put to the kernels. Raises what the call would raise."""
     bias = as_bias(bias)
+    if door != ATTENTION:
+        refuse_pages(bias)
     if door != ATTENTION and what_is_foreign(query, key, value) is None:
         folding = broadcasting(query, key, value, door == SDPA_GQA)
         if folding is not None:

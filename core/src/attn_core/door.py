@@ -66,14 +66,16 @@ def examine(
         if not tensor.is_floating_point():
             raise InputTypeError(f"{name}: must be floating, got {tensor.dtype}")
     _check_agreement(query, key, value)
-    problem_shape = _check_shapes(query, key, value, heads)
+    bound = as_bias(bias)
+    problem_shape = _check_shapes(query, key, value, bound, heads)
     batch, seqlen_q, seqlen_kv, num_heads, num_kv_heads, head_dim, head_dim_v = problem_shape
     scale = _check_scale(scale, head_dim)
     _check_softcap(softcap)
     _check_dropout(dropout_p)
-    bound = as_bias(bias)
     if bound is not None:
         bound = check_bias(bound, batch, num_heads, seqlen_q, seqlen_kv, query.device)
+        if bound is not None and bound.paged is not None:
+            bound.paged.check_pages(key.shape[0])
     grad = torch.is_grad_enabled()
     device = query.device
     problem = Problem(
@@ -122,17 +124,13 @@ def _check_agreement(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise InputError(f"{name}: must be on query's device {query.device}, got {tensor.device}")
 
 
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor, heads: int) -> tuple[int, int, int, int, int, int, int]:
-    seq = 3 - heads
+def _check_shapes(
+    query: Tensor, key: Tensor, value: Tensor, bias: AttnBias | None, heads: int
+) -> tuple[int, int, int, int, int, int, int]:
     # Head counts and sizes are plain numbers, also where lengths are symbolic: kernels differ by them.
     num_heads, num_kv_heads = _plain(query.shape[heads]), _plain(key.shape[heads])
     head_dim, head_dim_v = _plain(query.shape[3]), _plain(value.shape[3])
-    batch, seqlen_q, seqlen_kv = query.shape[0], query.shape[seq], key.shape[seq]
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.shape[0] != batch:
-            raise InputError(f"{name}: batch must be query's {batch}, got {tensor.shape[0]} (shape {_shape(tensor)})")
-    if value.shape[seq] != seqlen_kv:
-        raise InputError(f"value: seqlen must be key's {seqlen_kv}, got {value.shape[seq]} (shape {_shape(value)})")
+    batch, seqlen_q, seqlen_kv = lengths_of(query, key, value, bias, heads)
     if value.shape[heads] != num_kv_heads:
         raise InputError(f"value: num_heads must be key's {num_kv_heads}, got {value.shape[heads]}")
     if key.shape[3] != head_dim:
@@ -146,6 +144,40 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, heads: int) -> tupl
             f" h // (num_heads // num_kv_heads)), got {num_kv_heads}"
         )
     return batch, seqlen_q, seqlen_kv, num_heads, num_kv_heads, head_dim, head_dim_v
+
+
+def lengths_of(query: Tensor, key: Tensor, value: Tensor, bias: AttnBias | None, heads: int) -> tuple[int, int, int]:
+    """(batch, seqlen_q, seqlen_kv), on which the operands agree; the bias knows how many keys lie in pages."""
+    seq = 3 - heads
+    batch, seqlen_q, seqlen_kv = query.shape[0], query.shape[seq], key.shape[seq]
+    pages = None if bias is None else bias.paged
+    if pages is not None:
+        if seqlen_kv != pages.page_size:
+            raise InputError(
+                f"key: page_size must be the bias's {pages.page_size}, got {seqlen_kv} (shape {_shape(key)}; with"
+                " Paged, key is [num_pages, page_size, num_kv_heads, head_dim])"
+            )
+        for name, got, want in zip(("num_pages", "page_size"), value.shape, key.shape[:2]):
+            if got != want:
+                raise InputError(f"value: {name} must be key's {want}, got {got} (shape {_shape(value)})")
+        if pages.page_table.shape[0] != batch:
+            raise InputError(f"bias: page_table must have query's batch={batch}, got {pages.page_table.shape[0]} rows")
+        return batch, seqlen_q, pages.seqlen_kv
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.shape[0] != batch:
+            raise InputError(f"{name}: batch must be query's {batch}, got {tensor.shape[0]} (shape {_shape(tensor)})")
+    if value.shape[seq] != seqlen_kv:
+        raise InputError(f"value: seqlen must be key's {seqlen_kv}, got {value.shape[seq]} (shape {_shape(value)})")
+    return batch, seqlen_q, seqlen_kv
+
+
+def refuse_pages(bias: AttnBias | None) -> None:
+    """Raises InputError where operands are heads-first, and the bias has its keys in pages."""
+    if bias is not None and bias.paged is not None:
+        raise InputError(
+            "attn_mask: with Paged, key and value are pages [num_pages, page_size, num_kv_heads, head_dim]; call"
+            " attention, which is heads-last (scaled_dot_product_attention takes no pages)"
+        )
 
 
 def _check_scale(scale: Any, head_dim: int) -> Any:

@@ -44,6 +44,11 @@ class Problem:
         return self.device == "cuda"
 
     @property
+    def in_pages(self) -> bool:
+        """Whether key and value are `[num_pages, page_size, num_kv_heads, head_dim]`, found by the bias's table."""
+        return self.bias is not None and self.bias.paged is not None
+
+    @property
     def needs_backward(self) -> bool:
         return self.requires_grad or self.bias_requires_grad
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .bias import AttnBias, as_bias
+from .bias.paged import in_a_row
 
 MASKED = float("-inf")
 
@@ -32,8 +33,8 @@ def reference_attention(
 
     Args:
         query: `[batch, seqlen_q, num_heads, head_dim]`.
-        key: `[batch, seqlen_kv, num_kv_heads, head_dim]`.
-        value: `[batch, seqlen_kv, num_kv_heads, head_dim_v]`.
+        key: `[batch, seqlen_kv, num_kv_heads, head_dim]`, or the pages of a Paged.
+        value: `[batch, seqlen_kv, num_kv_heads, head_dim_v]`, or the pages of a Paged.
         bias: any bias, or a tensor (boolean: True = may attend; floating: added).
         dtype: what is computed and returned; float64, or the operands' own for a naive run to compare with.
 
@@ -44,6 +45,7 @@ def reference_attention(
     group = query.shape[2] // key.shape[2]
     bound = as_bias(bias)
     if bound is not None:
+        key, value, bound = in_a_row(key, value, bound)
         bound = bound.bind(query.shape[1], key.shape[1])
         valid = bound.valid_keys(key.device)
         if valid is not None:  # padding may be NaN, and NaN times a weight of 0 is NaN

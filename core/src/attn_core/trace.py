@@ -29,7 +29,7 @@ from .bind import heads_of as layout_of
 from .broadcast import broadcasting
 from .cost import seconds
 from .dispatch import ATTENTION, SDPA_GQA, as_under_autocast, autocast_of, stock_sdpa, what_is_foreign
-from .door import HEADS_FIRST, HEADS_LAST, check_bias, compute_capability, examine
+from .door import HEADS_FIRST, HEADS_LAST, check_bias, compute_capability, examine, lengths_of, refuse_pages
 from .errors import InputError, InputTypeError, NoKernelError
 from .kernel import Run
 from .problem import Problem
@@ -64,6 +64,8 @@ def traced(
     asked = scale, softcap, dropout_p, return_lse, kernel
     if bias is not None:
         bias = as_bias(bias)
+        if door:
+            refuse_pages(bias)
     if type(query) is not Tensor or type(key) is not Tensor or type(value) is not Tensor:
         reason = what_is_foreign(query, key, value)
         if reason is not None and door != ATTENTION:
@@ -94,9 +96,7 @@ def _run(door: int, query: Tensor, key: Tensor, value: Tensor, bias: AttnBias | 
     heads = HEADS_FIRST if door else HEADS_LAST
     if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
         raise InputError("query, key, value: must have four dimensions")
-    batch, seqlen_q, seqlen_kv = query.shape[0], query.shape[3 - heads], key.shape[3 - heads]
-    if key.shape[0] != batch or value.shape[0] != batch or value.shape[3 - heads] != seqlen_kv:
-        raise InputError("query, key, value: batches, and the lengths of key and value, must agree")
+    batch, seqlen_q, seqlen_kv = lengths_of(query, key, value, bias, heads)
     bound = None
     if bias is not None:
         bound = check_bias(bias, batch, query.shape[heads], seqlen_q, seqlen_kv, query.device)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bias import AttnBias, Intersection, KeyPadding, Sum
+from ..bias import AttnBias, Cached, Intersection, KeyPadding, Sum
 from ..capabilities import ANY_DEVICE, ANY_DIM, Backward, Capabilities
 from ..cost import Cost
 from ..kernel import Kernel
@@ -62,7 +62,7 @@ KERNEL = Kernel(
         dtypes={torch.float32, torch.float64, torch.float16, torch.bfloat16},
         head_dims=ANY_DIM,
         head_dims_v=ANY_DIM,
-        biases={AttnBias, Intersection, KeyPadding, Sum},
+        biases={AttnBias, Cached, Intersection, KeyPadding, Sum},
         backward=Backward(bias_grad=True, lse_grad=True, deterministic=True, double=True),
         gqa=True,
         softcap=True,
