@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..tracing import constant
 from .diagonal import Corner, clipped_pairs, offset
 
 #: Of a causal mask or a window: keys before the diagonal, keys behind it, and where it starts. None is no limit.
@@ -196,16 +197,25 @@ def _one_limit(limits: list[tuple[int, bool, int]]) -> int | None:
     return limit
 
 
-def key_ranges(packed: bytes, band: Band) -> Tensor:
+@constant
+def numbers(packed: bytes) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Of each document its queries, its keys, and the first of them."""
+    every = array("q", packed)
+    count = len(every) // 3
+    return tuple(every[:count]), tuple(every[count : 2 * count]), tuple(every[2 * count :])
+
+
+def key_ranges(numbers: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]], band: Band) -> Tensor:
     """int32 `[2, seqlen_q]`, on the CPU: the first key that each query sees, and the one behind the last."""
     left, right, corner = band
-    numbers = torch.tensor(array("q", packed).tolist(), dtype=torch.int64, device="cpu")
-    seqlens_q, seqlens_kv, starts = numbers.view(3, len(numbers) // 3)
+    seqlens_q, seqlens_kv, starts = torch.tensor(numbers, dtype=torch.int64, device="cpu")
     diagonal = starts - (seqlens_q.cumsum(0) - seqlens_q)
     if corner == "bottom-right":
         diagonal = diagonal + seqlens_kv - seqlens_q
-    first, end, diagonal = torch.stack((starts, starts + seqlens_kv, diagonal)).repeat_interleave(seqlens_q, dim=1)
-    diagonal = diagonal + torch.arange(len(diagonal), device="cpu")
+    seqlen_q = sum(numbers[0])
+    of_queries = torch.stack((starts, starts + seqlens_kv, diagonal))
+    first, end, diagonal = of_queries.repeat_interleave(seqlens_q, dim=1, output_size=seqlen_q)
+    diagonal = diagonal + torch.arange(seqlen_q, device="cpu")
     low = first if left is None else torch.minimum(torch.maximum(first, diagonal - left), end)
     high = end if right is None else torch.maximum(torch.minimum(end, diagonal + right + 1), low)
     return torch.stack((low, high)).to(torch.int32)

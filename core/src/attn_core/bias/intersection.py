@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..errors import InputTypeError
-from .base import Mask, TileKind
+from .base import Mask, Rule, TileKind
 from .joint import Joint
 from .segments import Segments
 
@@ -44,6 +45,17 @@ class Intersection(Joint, Mask):
         for mask in self.parts[1:]:
             kept = kept & mask.keep(b, h, q, k)
         return kept
+
+    def rule(self, device: torch.device | str) -> Rule:
+        first, *others = [mask.rule(device) for mask in self.parts]
+
+        def keep(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            kept = first(b, h, q, k)
+            for rule in others:
+                kept = kept & rule(b, h, q, k)
+            return kept
+
+        return keep
 
     def span(self, q0: int, q1: int) -> tuple[int, int]:
         spans = [mask.span(q0, q1) for mask in self.parts]

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..errors import InputError, InputTypeError
 from ..tracing import constant
-from .base import Mask, TileKind, _is_tracing, known
+from .base import Mask, Rule, TileKind, _is_tracing, known
 from .causal import Causal
 from .diagonal import check_corner_is_decided
-from .documents import WHOLE, Band, common_band, key_ranges, pack, rows_of, unpack, without_empty
+from .documents import WHOLE, Band, common_band, key_ranges, numbers, pack, rows_of, unpack, without_empty
 from .window import Window
 
 SHOWN = 12  #: so many documents are listed by repr, before and after the rest
@@ -166,9 +166,11 @@ class Segments(Mask):
     # The rule, and what follows from it
 
     def keep(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        low, high = _ranges_on(self.packed, band_of(self.within), q.device)
-        kept: Tensor = (k >= low[q]) & (k < high[q])
-        return kept
+        return self.rule(q.device)(b, h, q, k)
+
+    def rule(self, device: torch.device | str) -> Rule:
+        low, high = _ranges_on(self.packed, band_of(self.within), torch.device(device))
+        return lambda b, h, q, k: (k >= low[q]) & (k < high[q])
 
     def span(self, q0: int, q1: int) -> tuple[int, int]:
         return rows_of(self.packed, band_of(self.within)).span(q0, q1)
@@ -220,10 +222,10 @@ class Segments(Mask):
         if not self.has_gaps:
             return None
         seqlen_kv = self.bound_lengths()[1]
-        starts, ends = _key_borders(self.packed)
         k = torch.arange(seqlen_kv, device="cpu" if device is None else device)
+        _, seqlens, starts = torch.tensor(numbers(self.packed), device="cpu").to(k.device)
         # As many documents have begun as have ended where a key belongs to none.
-        begun, ended = (torch.searchsorted(edges.to(k.device), k, right=True) for edges in (starts, ends))
+        begun, ended = (torch.searchsorted(edges, k, right=True) for edges in (starts, starts + seqlens))
         return (begun != ended)[None]
 
 
@@ -268,7 +270,7 @@ def _numbers(name: str, values: Any) -> tuple[int, ...]:
     if isinstance(values, (Tensor, str)) or not isinstance(values, Sequence):
         hint = "; Segments.from_offsets takes tensors of offsets" if isinstance(values, Tensor) else ""
         raise InputTypeError(f"Segments: {name} must be a sequence of ints, got {type(values).__name__}{hint}")
-    made = []
+    made: list[int] = []
     for n, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
             raise InputTypeError(f"Segments: {name} must be ints, got {value!r} for document {n}")
@@ -365,26 +367,14 @@ def _pairs(packed: bytes, band: Band) -> float:
     return rows_of(packed, band).pairs
 
 
-@constant
-def _key_borders(packed: bytes) -> tuple[Tensor, Tensor]:
-    documents = unpack(packed)
-    return torch.tensor(documents.k0, device="cpu"), torch.tensor(documents.k1, device="cpu")
-
-
-@constant
-def _traced_ranges(packed: bytes, band: Band) -> Tensor:
-    return key_ranges(packed, band)
-
-
 @lru_cache(maxsize=8)
 def _kept_ranges(packed: bytes, band: Band, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return key_ranges(packed, band).to(device)
+        return key_ranges(numbers(packed), band).to(device)
 
 
 def _ranges_on(packed: bytes, band: Band, device: torch.device) -> Tensor:
-    if _is_tracing():
-        return _traced_ranges(packed, band).to(device)
-    if torch._C._len_torch_dispatch_stack():  # under fake tensors, say: what is made now is of no use later
-        return key_ranges(packed, band).to(device)
+    # What is made in a graph belongs to it, and under fake tensors, say, it is of no use later.
+    if _is_tracing() or torch._C._len_torch_dispatch_stack():
+        return key_ranges(numbers(packed), band).to(device)
     return _kept_ranges(packed, band, device)

@@ -80,12 +80,9 @@ def _additive(bias: TensorBias) -> TensorBias:
 def _block_mask(bias: Mask, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    def keep(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:  # a plain function: tracing refuses a bound method
-        return bias.keep(b, h, q, k)
-
     seqlen_q, seqlen_kv = bias.bound_lengths()
     batch, num_heads = (None if size == 1 else size for size in bias.batch_and_heads)
-    return create_block_mask(keep, batch, num_heads, seqlen_q, seqlen_kv, device=device)
+    return create_block_mask(bias.rule(device), batch, num_heads, seqlen_q, seqlen_kv, device=device)
 
 
 _cached_block_mask = functools.lru_cache(maxsize=64)(_block_mask)
