@@ -143,7 +143,7 @@ class Neighborhood(Mask):
         for box in _boxes(self.extents, q0, min(q1, size)):
             first = last = 0
             for axis, queries in zip(self.axes, box):
-                lows, highs = _reach(axis, *queries)
+                lows, highs = reach(axis, *queries)
                 first, last = first * axis[0] + int(lows.min()), last * axis[0] + int(highs.max())
             low, high = min(low, first), max(high, last + 1)
         return (low, high) if low < high else (0, 0)
@@ -248,7 +248,7 @@ def _sees(q: Tensor, k: Tensor, axis: Axis) -> Tensor:
     return within if dilation == 1 else within & (k % dilation == line)
 
 
-def _reach(axis: Axis, low: int, high: int) -> tuple[Tensor, Tensor]:
+def reach(axis: Axis, low: int, high: int) -> tuple[Tensor, Tensor]:
     """The first and the last key that each query of `[low, high)` sees."""
     line, start, end = _window(torch.arange(low, high, device="cpu"), axis)
     return line + axis[3] * start, line + axis[3] * (end - 1)
@@ -257,7 +257,7 @@ def _reach(axis: Axis, low: int, high: int) -> tuple[Tensor, Tensor]:
 def _seen(axis: Axis, queries: tuple[int, int], keys: tuple[int, int]) -> TileKind:
     """Whether none, all or some of these pairs remain on the axis."""
     dilation = axis[3]
-    first, last = _reach(axis, *queries)
+    first, last = reach(axis, *queries)
     before = (keys[0] - first + dilation - 1).clamp(min=0) // dilation  # keys of each window that lie before the range
     upto = (last.clamp(max=keys[1] - 1) - first) // dilation + 1
     count = (upto - before).clamp(min=0)

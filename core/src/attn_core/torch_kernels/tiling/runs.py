@@ -1,0 +1,214 @@
+"""Runs: tiles of one shape at even distances, read from overlapping views and handed to a dense kernel in batches.
+
+The keys of neighbouring tiles overlap, so a batch of them is a view with a stride smaller than its extent: nothing is
+gathered or padded. The gradients of overlapping keys are added up in strips no wider than that stride, which do not
+overlap; each strip is one strided addition.
+
+        keys of tile 0  ├──────────┤
+        keys of tile 1      ├──────────┤           a strip:  ├──┤├──┤├──┤
+        keys of tile 2          ├──────────┤
+
+Here a *lane* is one sequence of rows: `[lanes, seqlen, dim]`, batch entries, heads and whatever else in one dimension.
+Query lane n reads key lane `n // (lanes // kv_lanes)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import dense
+
+MASKED = dense.MASKED
+
+#: Bytes of a batch of tiles: what a dense kernel returns for it, before that is put where it belongs. Small enough
+#: for the caches, and large enough for all threads to find work.
+FORWARD_BYTES = 1 << 20
+BACKWARD_BYTES = 4 << 20
+
+
+class Run(NamedTuple):
+    """`count` tiles; tile i has the queries `[q0 + i * q_step, … + rows)` and the keys `[k0 + i * k_step, … + columns)`.
+
+    `mask` is additive, `[1 or count, 1 or lanes, rows, columns]`; None: every pair remains. `causal`: query i of a
+    tile sees its keys up to i. `more`: other runs have these queries, too, so that results are joined.
+    """
+
+    q0: int
+    k0: int
+    rows: int
+    columns: int
+    count: int = 1
+    q_step: int = 0
+    k_step: int = 0
+    mask: Tensor | None = None
+    causal: bool = False
+    empty_rows: bool = False  #: the mask leaves some queries without a key
+    more: bool = False
+
+
+class Lanes(NamedTuple):
+    """What a call works on, or a part of it: `[lanes, seqlen, dim]`, and `[lanes, seqlen]` for the LSE."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    out: Tensor
+    lse: Tensor
+    scale: float
+
+
+class Grads(NamedTuple):
+    """Gradients to be filled in beside `Lanes`; `out` is the one given, the others are added to."""
+
+    out: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+def forward(runs: Sequence[Run], lanes: Lanes) -> None:
+    """Fills `out` and `lse` in. Queries that no run has are left as they are."""
+    dim = lanes.query.shape[2] * lanes.query.element_size()
+    for run in runs:
+        for batch, part in _batches(run, lanes, run.rows * dim, FORWARD_BYTES):
+            query, key, value = _queries(batch, part.query), _keys(batch, part.key), _keys(batch, part.value)
+            out, lse = dense.forward(query, key, value, batch.mask, batch.causal, part.scale)
+            if batch.empty_rows:
+                assert batch.mask is not None
+                lse = lse.masked_fill((batch.mask == MASKED).all(-1), MASKED)
+            to_out, to_lse = _queries(batch, part.out), _queries(batch, part.lse.unsqueeze(-1)).squeeze(-1)
+            if batch.more:
+                _join(to_out, to_lse, out, lse)
+            else:
+                to_out.copy_(out)
+                to_lse.copy_(lse)
+
+
+def _join(to_out: Tensor, to_lse: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Attention over the keys so far and over these."""
+    joined = torch.logaddexp(to_lse, lse)
+    finite = joined.masked_fill(joined == MASKED, 0.0)  # -inf where neither has a key
+    to_out.mul_(torch.exp(to_lse - finite).unsqueeze(-1)).add_(out * torch.exp(lse - finite).unsqueeze(-1))
+    to_lse.copy_(joined)
+
+
+def backward(runs: Sequence[Run], lanes: Lanes, grads: Grads) -> None:
+    """Adds to the gradients. `lanes.lse` is finite."""
+    dim = lanes.query.shape[2] * lanes.query.element_size()
+    for run in runs:
+        for batch, part, grad in _batches_with(run, lanes, grads, (run.rows + 2 * run.columns) * dim, BACKWARD_BYTES):
+            query, key, value = _queries(batch, part.query), _keys(batch, part.key), _keys(batch, part.value)
+            to_query, to_key, to_value = dense.backward(
+                _queries(batch, grad.out),
+                query,
+                key,
+                value,
+                _queries(batch, part.out),
+                _queries(batch, part.lse.unsqueeze(-1)).squeeze(-1),
+                batch.mask,
+                batch.causal,
+                part.scale,
+            )
+            if batch.more:
+                _queries(batch, grad.query).add_(to_query)
+            else:
+                _queries(batch, grad.query).copy_(to_query)
+            _add_keys(batch, grad.key, to_key)
+            _add_keys(batch, grad.value, to_value)
+
+
+def _queries(run: Run, lanes: Tensor) -> Tensor:
+    """`[count, lanes, rows, dim]`"""
+    by_lane, by_row, by_dim = lanes.stride()
+    return lanes.as_strided(
+        (run.count, lanes.shape[0], run.rows, lanes.shape[2]),
+        (run.q_step * by_row, by_lane, by_row, by_dim),
+        lanes.storage_offset() + run.q0 * by_row,
+    )
+
+
+def _keys(run: Run, lanes: Tensor, first: int = 0, columns: int | None = None) -> Tensor:
+    """`[count, lanes, columns, dim]`; of each tile the columns from `first` on."""
+    by_lane, by_row, by_dim = lanes.stride()
+    return lanes.as_strided(
+        (run.count, lanes.shape[0], run.columns if columns is None else columns, lanes.shape[2]),
+        (run.k_step * by_row, by_lane, by_row, by_dim),
+        lanes.storage_offset() + (run.k0 + first) * by_row,
+    )
+
+
+def _add_keys(run: Run, lanes: Tensor, grad: Tensor) -> None:
+    """Adds gradients of the keys of each tile, in strips that do not overlap."""
+    if run.count == 1:
+        _keys(run, lanes).add_(grad)
+    elif run.k_step == 0:
+        _keys(run._replace(count=1), lanes).add_(grad.sum(0, keepdim=True))
+    else:
+        for first in range(0, run.columns, run.k_step):
+            columns = min(run.k_step, run.columns - first)
+            _keys(run, lanes, first, columns).add_(grad[:, :, first : first + columns])
+
+
+def _batches(run: Run, lanes: Lanes, tile_bytes: int, bound: int) -> Iterator[tuple[Run, Lanes]]:
+    """The run in parts whose results fit in `bound`; by tiles, and where one tile is too large, by lanes."""
+    for tiles, query_lanes, key_lanes in _cuts(run, lanes, tile_bytes, bound):
+        yield _some_tiles(run, tiles, query_lanes), _some_lanes(lanes, query_lanes, key_lanes)
+
+
+def _batches_with(
+    run: Run, lanes: Lanes, grads: Grads, tile_bytes: int, bound: int
+) -> Iterator[tuple[Run, Lanes, Grads]]:
+    for tiles, query_lanes, key_lanes in _cuts(run, lanes, tile_bytes, bound):
+        part = grads
+        if query_lanes is not None:
+            part = Grads(*(x[query_lanes] for x in grads[:2]), *(x[key_lanes] for x in grads[2:]))
+        yield _some_tiles(run, tiles, query_lanes), _some_lanes(lanes, query_lanes, key_lanes), part
+
+
+Cut = tuple["tuple[int, int] | None", "slice | None", "slice | None"]
+
+
+def _cuts(run: Run, lanes: Lanes, tile_bytes: int, bound: int) -> Iterator[Cut]:
+    """(range of tiles, slices of query and of key lanes); None where that is all of them."""
+    num_lanes, num_key_lanes = lanes.query.shape[0], lanes.key.shape[0]
+    group = num_lanes // num_key_lanes
+    tiles = bound // (tile_bytes * num_lanes)
+    if tiles >= run.count:
+        yield None, None, None
+    elif tiles >= 1:
+        # Equally many tiles in each batch, rather than a small one at the end.
+        batches = -(-run.count // tiles)
+        tiles = -(-run.count // batches)
+        for first in range(0, run.count, tiles):
+            yield (first, min(first + tiles, run.count)), None, None
+    else:
+        step = max(1, bound // (tile_bytes * group))
+        for first in range(0, num_key_lanes, step):
+            end = min(first + step, num_key_lanes)
+            for tile in range(run.count):
+                yield (tile, tile + 1), slice(first * group, end * group), slice(first, end)
+
+
+def _some_tiles(run: Run, tiles: tuple[int, int] | None, lanes: slice | None) -> Run:
+    mask = run.mask
+    if mask is not None and lanes is not None and mask.shape[1] != 1:
+        mask = mask[:, lanes]
+    if tiles is None:
+        return run if mask is run.mask else run._replace(mask=mask)
+    first, end = tiles
+    if mask is not None and mask.shape[0] != 1:
+        mask = mask[first:end]
+    return run._replace(
+        q0=run.q0 + first * run.q_step, k0=run.k0 + first * run.k_step, count=end - first, mask=mask
+    )
+
+
+def _some_lanes(lanes: Lanes, queries: slice | None, keys: slice | None) -> Lanes:
+    if queries is None:
+        return lanes
+    query, key, value, out, lse, scale = lanes
+    return Lanes(query[queries], key[keys], value[keys], out[queries], lse[queries], scale)
