@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -59,9 +59,14 @@ def indices(
 class AttnBias(ABC):
     """Anything that changes logits before the softmax.
 
-    A subclass gives `materialize`; `Mask` derives it from its rule, `Score` from what it adds. The rest has defaults,
-    told from the fields; of a frozen dataclass the last is `lengths: tuple[int, int] | None = None`.
+    A subclass that states a rule derives from `Mask` or `Score`, and gives that rule. One that derives from this class
+    gives three methods: `materialize`, `needs_materialization` and `dispatch`; a call uses these and nothing else of
+    it, so it may be any class, with any other attributes. The rest has defaults, told from the fields; of a frozen
+    dataclass the last is `lengths: tuple[int, int] | None = None`.
     """
+
+    #: Whether calls go by the three methods alone. False where the core knows what the bias does.
+    by_methods: ClassVar[bool] = True
 
     #: (seqlen_q, seqlen_kv) once bound, else None.
     lengths: tuple[int, int] | None = None
@@ -102,11 +107,32 @@ class AttnBias(ABC):
         Boolean (True = may attend) for a mask, floating (added to the logits) otherwise.
         """
 
+    @abstractmethod
+    def needs_materialization(self) -> bool:
+        """Whether a call takes the tensor that `materialize` gives; else it calls `dispatch`."""
+
+    @staticmethod
+    @abstractmethod
+    def dispatch(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_bias: Any,
+        causal: bool,
+        scale: float | None,
+        dropout_p: float,
+    ) -> Tensor:
+        """Attention with this bias. Operands and result are `[..., num_heads, seqlen, head_dim]`, as torch has them.
+
+        Called by position, in this order. `causal` is `is_causal` of scaled_dot_product_attention, False from
+        `attention`; `scale` is None for the default.
+        """
+
     def dense(self, device: torch.device | str | None, dtype: torch.dtype) -> Tensor:
         """`materialize`, with a floating result computed in `dtype` where the rule can be."""
         return self.materialize(device)
 
-    @property
+    @Derived
     def has_dense_form(self) -> bool:
         """Whether a tensor can say what it does; a function of the logit itself cannot be written out."""
         return True
@@ -127,17 +153,17 @@ class AttnBias(ABC):
         dense = self.dense(logits.device, logits.dtype)
         return logits.masked_fill(~dense, MASKED) if dense.dtype is torch.bool else logits + dense.to(logits.dtype)
 
-    @property
+    @Derived
     def mask(self) -> Mask | None:
         """The part of it that is a mask; None where nothing of it is."""
         return None
 
-    @property
+    @Derived
     def scores(self) -> tuple[AttnBias, ...]:
         """The parts of it that are not masks, in the order in which they are applied."""
         return (self,)
 
-    @property
+    @Derived
     def paged(self) -> Paged | None:
         """The part of it that says in which pages the keys lie; None where they lie in a row."""
         return None
@@ -146,7 +172,7 @@ class AttnBias(ABC):
         """The same for keys that were taken from their pages and lie in a row."""
         return self
 
-    @property
+    @Derived
     def batch_and_heads(self) -> tuple[int, int]:
         """`(batch, num_heads)` that the bias was made for; 1 fits any."""
         return 1, 1
@@ -155,17 +181,17 @@ class AttnBias(ABC):
         """The tensors that the value holds, by name."""
         return {name: value for name, value in parameters(self) if isinstance(value, Tensor)}
 
-    @property
+    @Derived
     def holds_data(self) -> bool:
         """Whether the value holds tensors: then a call's own bias is handed to the kernel, not the first one's."""
         return bool(self.held())
 
-    @property
+    @Derived
     def requires_grad(self) -> bool:
         """Whether a gradient flows to a tensor of this bias."""
         return any(tensor.requires_grad for tensor in self.held().values())
 
-    @property
+    @Derived
     def device(self) -> torch.device | None:
         """Where the tensors of this bias lie; None where it holds none."""
         return next((tensor.device for tensor in self.held().values()), None)
@@ -213,7 +239,7 @@ class AttnBias(ABC):
         """
         return None
 
-    @property
+    @Derived
     def has_padding(self) -> bool:
         """Whether keys behind its lengths do not exist, and may be anything; then `valid_keys` says which do."""
         return type(self).valid_keys is not AttnBias.valid_keys
@@ -255,7 +281,40 @@ class AttnBias(ABC):
             )
 
 
-class Mask(AttnBias):
+class Kind(AttnBias):
+    """A bias of which the core knows what it does: kernels are chosen for it.
+
+    A subclass that gives `needs_materialization` or `dispatch` of its own is taken by its three methods all the same.
+    """
+
+    by_methods = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = vars(cls)
+        if "by_methods" not in own and ("needs_materialization" in own or "dispatch" in own):
+            cls.by_methods = True
+
+    def needs_materialization(self) -> bool:
+        return False
+
+    @staticmethod
+    def dispatch(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_bias: Any,
+        causal: bool,
+        scale: float | None,
+        dropout_p: float,
+    ) -> Tensor:
+        """`attn_core.scaled_dot_product_attention` with this bias."""
+        from ..functional import scaled_dot_product_attention  # which is made of biases
+
+        return scaled_dot_product_attention(query, key, value, attn_bias, dropout_p, causal, scale=scale)
+
+
+class Mask(Kind):
     """A bias of 0 and -inf, defined by `keep`; `span` and `tile` say what a kernel may skip.
 
     `a & b` lets a query attend what both let it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,15 +13,22 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class Derived:
-    """A computed attribute that a field of the same name takes the place of, as a property would not let it."""
+if TYPE_CHECKING:
+    Derived = property
+else:
 
-    def __init__(self, compute: Callable[[Any], Any]) -> None:
-        self._compute = compute
-        self.__doc__ = compute.__doc__
+    class Derived:
+        """A property that gives way to an attribute of the same name.
 
-    def __get__(self, bias: Any, cls: type) -> Any:
-        return self if bias is None else self._compute(bias)
+        Whoever writes a bias of three methods knows nothing of the rest, and may well keep a `mask` or a `device`.
+        """
+
+        def __init__(self, compute: Callable[[Any], Any]) -> None:
+            self._compute = compute
+            self.__doc__ = compute.__doc__
+
+        def __get__(self, bias: Any, cls: type) -> Any:
+            return self if bias is None else self._compute(bias)
 
 
 def parameters(bias: Any) -> list[tuple[str, Any]]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from .base import AttnBias
+from ..errors import InputError, InputTypeError
+from .base import Kind
 
 if TYPE_CHECKING:
     from .paged import Paged
@@ -16,16 +16,24 @@ if TYPE_CHECKING:
 Self = TypeVar("Self", bound="Joint")
 
 
-class Joint(AttnBias):
+class Joint(Kind):
     """What intersections and sums have in common. A subclass is a dataclass of `parts` and `lengths`."""
 
     parts: tuple[Any, ...]
 
     def check_parts(self) -> None:
-        """Raises InputError for fewer than two, or parts that were made for other lengths, batches, heads, devices."""
+        """Raises InputError for fewer than two, or parts that were made for other lengths, batches, heads, devices;
+        InputTypeError for a bias that is known by its methods alone."""
         name = type(self).__name__
         if len(self.parts) < 2:
             raise InputError(f"{name}: takes two or more, got {len(self.parts)}")
+        for part in self.parts:
+            if not isinstance(part, Kind):
+                part_of = type(part).__name__
+                raise InputTypeError(
+                    f"{name}: {part_of} is known by its three methods alone, so it joins nothing; where it can"
+                    f" materialize, write TensorBias(bias.materialize(device)) in its place"
+                )
         first = next((part for part in self.parts if part.lengths is not None), None)
         for part in self.parts:
             if first is not None and part.lengths is not None and part.lengths != first.lengths:

@@ -7,10 +7,10 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from .base import AttnBias, indices
+from .base import Kind, indices
 
 
-class Score(AttnBias):
+class Score(Kind):
     """A bias that adds to the logits what `added` says; nothing is masked by it."""
 
     @abstractmethod

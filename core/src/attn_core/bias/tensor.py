@@ -8,30 +8,41 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, InputTypeError
-from .base import AttnBias
+from .base import AttnBias, Kind
 
 
-class TensorBias(AttnBias):
+class TensorBias(Kind):
     """A dense tensor, broadcastable to `[batch, num_heads, seqlen_q, seqlen_kv]`.
 
     Boolean: True = may attend. Floating: added to the scaled logits; only -inf masks, `finfo.min` is a finite number.
-    A gradient flows to a floating tensor that requires one.
+    A gradient flows to a floating tensor that requires one. `bias` is another name of `tensor`.
 
     Raises InputTypeError for other dtypes, and, when bound, InputError for a shape that does not broadcast.
     """
 
     tensor: Tensor
 
-    def __init__(self, tensor: Tensor, lengths: tuple[int, int] | None = None) -> None:
-        if not isinstance(tensor, Tensor):
-            raise InputTypeError(f"TensorBias: takes a tensor, got {type(tensor).__name__}")
-        if tensor.dtype is not torch.bool and not tensor.is_floating_point():
+    by_methods = False  # what it materializes is what it holds
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "by_methods" not in vars(cls) and "materialize" in vars(cls):
+            cls.by_methods = True
+
+    def __init__(self, bias: Tensor, lengths: tuple[int, int] | None = None) -> None:
+        if not isinstance(bias, Tensor):
+            raise InputTypeError(f"TensorBias: takes a tensor, got {type(bias).__name__}")
+        if bias.dtype is not torch.bool and not bias.is_floating_point():
             raise InputTypeError(
                 f"TensorBias: takes a boolean tensor (True = may attend) or a floating one (added to the logits),"
-                f" got {tensor.dtype}"
+                f" got {bias.dtype}"
             )
-        object.__setattr__(self, "tensor", tensor)
+        object.__setattr__(self, "tensor", bias)
         object.__setattr__(self, "lengths", lengths)
+
+    @property
+    def bias(self) -> Tensor:
+        return self.tensor
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"{type(self).__name__} is frozen; make a new one")
@@ -91,10 +102,7 @@ class TensorBias(AttnBias):
         shape = self.tensor.shape
         rows, columns = (1, 1, *shape)[-2:]
         if len(shape) > 4 or (rows != 1 and rows != seqlen_q) or (columns != 1 and columns != seqlen_kv):
-            raise InputError(
-                f"bias: a tensor of shape {list(shape)} does not broadcast to"
-                f" [batch, num_heads, seqlen_q={seqlen_q}, seqlen_kv={seqlen_kv}]"
-            )
+            raise InputError(_misfit(list(shape), seqlen_q, seqlen_kv))
         return self.at((seqlen_q, seqlen_kv))
 
     def at(self, lengths: tuple[int, int]) -> TensorBias:
@@ -121,6 +129,31 @@ class TensorBias(AttnBias):
     def with_held(self, tensors: dict[str, Tensor]) -> TensorBias:
         return TensorBias(tensors.get("tensor", self.tensor), self.lengths)
 
+    def needs_materialization(self) -> bool:
+        return True
+
+    @staticmethod
+    def dispatch(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_bias: Any,
+        causal: bool,
+        scale: float | None,
+        dropout_p: float,
+    ) -> Tensor:
+        """Raises NotImplementedError: `materialize` gives all there is."""
+        raise NotImplementedError("TensorBias needs materialization, so its dispatch is never called")
+
     def materialize(self, device: torch.device | str | None = None) -> Tensor:
         """The tensor itself, moved where `device` is another."""
         return self.tensor if device is None else self.tensor.to(device)
+
+
+def _misfit(shape: list[int], seqlen_q: int, seqlen_kv: int) -> str:
+    wanted = f"[batch, num_heads, seqlen_q={seqlen_q}, seqlen_kv={seqlen_kv}]"
+    text = f"bias: a tensor of shape {shape} does not broadcast to {wanted}"
+    if len(shape) > 4:
+        return f"{text}: it has {len(shape)} dimensions"
+    axes = zip(("seqlen_q", "seqlen_kv"), (1, 1, *shape)[-2:], (seqlen_q, seqlen_kv))
+    return f"{text}: {', '.join(f'{axis} is {got}' for axis, got, want in axes if got not in (1, want))}"
