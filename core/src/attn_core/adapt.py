@@ -72,7 +72,7 @@ def _apply_gather(x: Operands, before: Problem, after: Problem, heads: int) -> O
     key, value = x.key, x.value
     if heads == 1:  # gathered as the pages lie, heads last, so that each page is one copy
         key, value = key.transpose(1, 2), value.transpose(1, 2)
-    key, value = pages.gather(key), pages.gather(value)
+    key, value = pages.gather(key, value)
     if heads == 1:
         key, value = key.transpose(1, 2), value.transpose(1, 2)
     return replace(x, key=key, value=value, bias=x.bias.gathered().normalize())

@@ -72,8 +72,7 @@ def traced(
             return stock_sdpa(door, query, key, value, bias, scale, dropout_p, reason)
         if reason is not None:
             raise InputTypeError(f"attention takes plain tensors, got {reason}")
-    alike = query.ndim == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]
-    if door and not alike:
+    if door and not (query.ndim == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]):
         folding = broadcasting(query, key, value, door == SDPA_GQA)
         if folding is not None:
             fold, unfold = folding

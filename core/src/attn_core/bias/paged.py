@@ -152,18 +152,20 @@ class Paged(Mask):
     def gathered(self) -> Cached:
         return cached(self.seqlens_kv, self.within, self.lengths)
 
-    def gather(self, pages: Tensor) -> Tensor:
-        """Keys or values in a row, `[batch, seqlen_kv, num_kv_heads, head_dim]`, of `[num_pages, page_size, ...]`.
+    def gather(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values in a row, `[batch, seqlen_kv, num_kv_heads, head_dim]`, of `[num_pages, page_size, ...]`.
 
-        A copy, differentiable: a shared page gets the sum of its sequences' gradients. Behind a sequence's end lies
+        Copies, differentiable: a shared page gets the sum of its sequences' gradients. Behind a sequence's end lies
         anything.
         """
-        if pages.shape[0] == 0:  # all sequences are empty, and there must be a page to read
-            pages = pad(pages, (0, 0) * 3 + (0, 1))
-        batch, max_pages = self.page_table.shape
-        table = self.page_table.to(pages.device, torch.int64).clamp(0, pages.shape[0] - 1)
-        rows = pages.index_select(0, table.reshape(-1))
-        return rows.reshape(batch, max_pages * self.page_size, *pages.shape[2:])
+        if key.shape[0] == 0:  # all sequences are empty, and there must be a page to read
+            key, value = (pad(pages, (0, 0) * 3 + (0, 1)) for pages in (key, value))
+        table = self.page_table.to(key.device, torch.int64).clamp(0, key.shape[0] - 1).reshape(-1)
+        room = self.page_table.shape[0], self.seqlen_kv
+        return (
+            key.index_select(0, table).reshape(*room, *key.shape[2:]),
+            value.index_select(0, table).reshape(*room, *value.shape[2:]),
+        )
 
     def keep(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return self.gathered().keep(b, h, q, k)
@@ -205,4 +207,4 @@ def _made(
 def in_a_row(key: Tensor, value: Tensor, bias: AttnBias) -> tuple[Tensor, Tensor, AttnBias]:
     """Keys, values and bias with every page in its place; the same where there are no pages."""
     pages = bias.paged
-    return (key, value, bias) if pages is None else (pages.gather(key), pages.gather(value), bias.gathered())
+    return (key, value, bias) if pages is None else (*pages.gather(key, value), bias.gathered())
