@@ -206,16 +206,22 @@ def test_every_adaptation_is_documented_with_the_fields_that_it_answers():
 
 
 def test_everything_by_which_a_choice_is_found_is_documented_in_order():
-    function = ast.parse(inspect.getsource(dispatch.call)).body[0]
-    places = [
-        [ast.unparse(element) for element in node.value.elts[0].elts]
-        for node in ast.walk(function)
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "(place, looked_at)"
+    calls, tables = (ast.parse(inspect.getsource(each)) for each in (dispatch.call, dispatch.choose_anew))
+    asked = [
+        [ast.unparse(element) for element in getattr(node.value.elts[0], "elts", [node.value.elts[0]])]
+        for node in ast.walk(calls)
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "(asked, looked_at)"
     ]
+    [place] = [
+        [ast.unparse(element) for element in node.value.elts]
+        for node in ast.walk(tables)
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "place"
+    ]
+    assert place[0] == "asked"
+    assert all(each[0] == "options" for each in asked)
     text = section(reference("adaptations-and-cache.md"), "How a choice is found again")
     documented = [cells[0].strip("`") for cells in first_cells(text)]
-    assert documented == places[-1][:4]
-    assert all(place[:3] == documented[:3] for place in places)
+    assert documented == [*asked[-1], *place[1:]]
     options = re.search(r"^\| `options` \| (.*)$", text, re.MULTILINE).group(1)
     for name in re.findall(r"\w+", re.search(r"door, (scale.*?kernel)", inspect.getsource(dispatch)).group(1)):
         assert f"`{name}`" in options

@@ -8,6 +8,7 @@ everything. Were an element missing from the key, the second call would find the
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Iterator
 
@@ -29,13 +30,15 @@ from attn_core import (
     Refusal,
     TensorBias,
     Window,
+    as_bias,
     attention,
     prefer,
     reference_attention,
+    refresh,
     register,
     scaled_dot_product_attention,
 )
-from attn_core.scope import current
+from attn_core.scope import LATEST, current, forget_choices
 
 SHAPE = (2, 4, 3, 8)  # batch, seqlen, num_heads, head_dim
 
@@ -454,3 +457,146 @@ def test_what_is_handed_to_torch_is_not_kept_and_asked_for_no_strides(ran):
         scaled_dot_product_attention(sparse, dense, dense)
     assert str(ours.value) == str(stock.value)
     assert kept() == before
+
+
+# The latest choice, which stands before the table
+
+
+def test_calls_that_differ_in_shape_alone_take_turns_without_a_new_choice(ran):
+    lengths = [operands((2, seqlen, 3, 8)) for seqlen in range(4, 14)]
+    expected = [reference_attention(*each)[0].float() for each in lengths]
+    for each in lengths:
+        attention(*each)
+    before = kept()
+    for _ in range(2):
+        for each, out in zip(lengths, expected):
+            torch.testing.assert_close(attention(*each), out)
+    assert kept() == before
+
+
+def test_biases_that_take_turns_are_never_taken_for_one_another(ran):
+    biases = [
+        None,
+        Causal("top-left"),
+        Window(1, 0),
+        torch.rand(4, 4) > 0.5,
+        TensorBias(torch.rand(4, 4)),
+        Window(2, 0),
+    ]
+    expected = [reference_attention(*operands(), bias)[0].float() for bias in biases]
+    for bias in biases:
+        attention(*operands(), bias)
+    before = kept()
+    for _ in range(2):
+        for bias, out in zip(biases, expected):
+            torch.testing.assert_close(attention(*operands(), bias), out)
+    assert kept() == before
+
+
+@pytest.mark.parametrize("make", [torch.Tensor, TensorBias, torch.nn.Parameter], ids=lambda make: make.__name__)
+def test_a_mask_is_that_of_the_call_and_not_of_the_first_like_it(ran, make):
+    before = kept()
+    for seed in range(3):
+        mask = torch.randn(4, 4, generator=torch.Generator().manual_seed(seed))
+        out = attention(*operands(), mask if make is torch.Tensor else make(mask))
+        torch.testing.assert_close(out.detach(), reference_attention(*operands(), mask)[0].float())
+    assert kept() == before + 1
+
+
+def test_a_tensor_as_mask_is_checked_though_one_like_it_was_taken(ran):
+    attention(*operands(), torch.zeros(4, 4))
+    for _ in range(2):
+        with pytest.raises(InputTypeError, match="takes a boolean tensor"):
+            attention(*operands(), torch.zeros(4, 4, dtype=torch.int32))
+
+
+def test_a_mask_of_another_library_is_converted_at_every_call(ran):
+    class Foreign:
+        key = "of another library"
+
+        def __init__(self, mask):
+            self.mask = mask
+
+    as_bias.register(Foreign, lambda foreign: TensorBias(foreign.mask))
+    for seed in range(3):
+        mask = torch.randn(4, 4, generator=torch.Generator().manual_seed(seed))
+        out = attention(*operands(), Foreign(mask))
+        torch.testing.assert_close(out, reference_attention(*operands(), mask)[0].float())
+
+
+def test_a_kernel_that_comes_is_chosen_though_the_latest_choice_is_at_hand(ran):
+    for name in ("first", "second"):
+        attention(*operands())
+        attention(*operands())
+        fastest = Kernel(
+            name=f"toy/{name}",
+            run=lambda query, key, value, *, scale: torch.full_like(query, 7.0),
+            capabilities=Capabilities(devices={"cpu"}, dtypes={torch.float32}, head_dims={8}),
+            costs={"*": Cost(call=0.0)},
+        )
+        with register(fastest):
+            assert (attention(*operands()) == 7.0).all()
+            assert (attention(*operands()) == 7.0).all()
+        assert not (attention(*operands()) == 7.0).any()
+
+
+def test_refresh_forgets_the_latest_choice_too():
+    x = operands()
+    attention(*x)
+    attention(*x)
+    with_toy = register(
+        Kernel(
+            name="toy/sevens",
+            run=lambda query, key, value, *, scale: torch.full_like(query, 7.0),
+            capabilities=Capabilities(devices={"cpu"}, dtypes={torch.float32}, head_dims={8}),
+            costs={"*": Cost(call=0.0)},
+        )
+    )
+    assert (attention(*x) == 7.0).all()
+    refresh()  # kernels registered in the process are forgotten
+    assert not (attention(*x) == 7.0).any()
+    with_toy.unregister()
+
+
+def test_a_choice_looked_up_while_kernels_come_is_not_the_latest_afterwards(ran):
+    """The table is read, then emptied by another thread, then the choice is put where the next call finds it."""
+    x, y = operands(), operands((2, 5, 3, 8))
+    attention(*x)
+    attention(*y)  # the latest of the two
+    scope = current.get()
+    [(place, choices)] = [item for item in scope.items() if item[0][1] == x[0].shape and item[0][0] in scope.latest]
+    recognise, cast_to, run = choices[0]
+
+    def overtaken(*looked_at):
+        forget_choices()
+        return recognise(*looked_at)
+
+    scope[place] = ((overtaken, cast_to, run),)
+    attention(*x)
+    assert scope.latest == {}
+    assert not scope
+
+
+def test_threads_that_ask_for_other_shapes_each_get_their_own(ran):
+    failed, barrier = [], threading.Barrier(8)
+
+    def work(seqlen):
+        inputs = operands((2, seqlen, 3, 8), seed=seqlen)
+        expected = reference_attention(*inputs)[0].float()
+        barrier.wait()
+        for _ in range(200):
+            if not torch.allclose(attention(*inputs), expected, atol=1e-6):
+                failed.append(seqlen)
+
+    threads = [threading.Thread(target=work, args=(4 + i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+
+
+def test_what_is_asked_latest_is_bounded(ran):
+    for i in range(200):
+        attention(*operands(), scale=0.5 + i / 1000)
+        assert len(current.get().latest) <= LATEST

@@ -314,7 +314,7 @@ def test_a_scope_that_says_nothing_new_shares_the_table_of_the_one_around_it(cou
 def test_a_table_is_bounded_and_the_oldest_choice_goes_first():
     scope = scope_for(Settings(prefer=("torch/math", "of this test")))
     for i in range(TABLE_SIZE + 10):
-        scope.keep(i, len, registry.generation)
+        scope.keep(i, i, len, registry.generation)
     assert len(scope) == TABLE_SIZE
     assert 9 not in scope
     assert 10 in scope

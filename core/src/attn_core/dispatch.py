@@ -7,6 +7,7 @@ can run without another look. Subclasses and symbolic shapes are never kept, and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from .problem import Problem
 from .recognise import recogniser
 from .record import STOCK, recording
 from .registry import registry
-from .scope import Scope, current
+from .scope import Choice, Scope, current
 from .select import Candidate, choose, with_plain_lengths
 from .tracing import constant
 
@@ -40,45 +41,83 @@ SDPA_GQA = 2  #: the same, with enable_gqa=True
 #: gradients are on, whether algorithms must be deterministic, level of forward-mode differentiation).
 Options = tuple[int, float | None, float | None, float, bool, str | None, bool, bool, int]
 
-_PLAIN = (Tensor, Parameter)
+#: Classes of tensors of which all that matters is seen.
+PLAIN = (Tensor, Parameter)
+#: What is found where nothing is.
+NOTHING: Choice = (lambda *looked_at: False, None, lambda *call: None)
 
 
 def call(query: Tensor, key: Tensor, value: Tensor, bias: Any, options: Options) -> Any:
     """Runs one attention call by the kernel chosen for it."""
     scope = current.get()
-    place: Any
+    asked: Any
     looked_at: tuple[Tensor, ...]
     run: Any
     try:
         if bias is None:
-            place, looked_at = (options, query.shape, key.shape), (query, key, value)
+            asked, looked_at = options, (query, key, value)
         elif type(bias) is TensorBias:  # its tensor is looked at as the operands are
-            place, looked_at = (options, query.shape, key.shape, bias.lengths), (query, key, value, bias.tensor)
+            asked, looked_at = (options, TensorBias, bias.lengths), (query, key, value, bias.tensor)
+        elif type(bias) in PLAIN:
+            asked, looked_at = (options, Tensor, None), (query, key, value, bias)
         else:
-            place, looked_at = (options, query.shape, key.shape, bias.key, None), (query, key, value)
-        choices = scope.get(place, ())
-        for choice in choices:
-            recognise, cast_to, run = choice
-            if recognise(*looked_at) and (cast_to is None or cast_to is autocast_of(query)):
-                if choice is not choices[0]:
-                    scope.put_first(place, choice)
-                break
-        else:
-            run = None
+            asked, looked_at = (options, bias.key), (query, key, value)
+        recognise, cast_to, run = scope.latest.get(asked, NOTHING)
+        if not recognise(*looked_at) or (cast_to is not None and cast_to is not autocast_of(query)):
+            run = look_up(scope, asked, looked_at)
     except (AttributeError, RuntimeError, TypeError):  # no tensor, nested, symbolic, or a foreign bias
-        place = run = None
+        asked, looked_at, run = None, (), None
     if run is None:
-        bias = as_bias(bias)
-        generation = registry.generation
-        run = decide(scope, query, key, value, bias, options)
-        ours = run.candidate is not None  # else handed to torch, whose tensors may not even have strides
-        if ours and place is not None and all(type(tensor) in _PLAIN for tensor in looked_at):
-            scope.keep(place, (recogniser(looked_at), autocast_of(query), run), generation)
+        run = choose_anew(scope, query, key, value, bias, options, asked, looked_at)
     try:
         return run(query, key, value, bias)
     except Exception as error:
         explain_failure(run, error)
         raise
+
+
+def look_up(scope: Scope, asked: Any, looked_at: tuple[Tensor, ...]) -> Bound | None:
+    """The function kept for such a call, which is the latest from now on; None where there is none."""
+    latest = scope.latest  # read before the table: see Scope
+    for choice in scope.get((asked, looked_at[0].shape, looked_at[1].shape), ()):
+        recognise, cast_to, run = choice
+        if recognise(*looked_at) and (cast_to is None or cast_to is autocast_of(looked_at[0])):
+            latest[asked] = choice
+            return run
+    return None
+
+
+def choose_anew(
+    scope: Scope,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Any,
+    options: Options,
+    asked: Any,
+    looked_at: tuple[Tensor, ...],
+) -> Bound:
+    """Makes the choice for a call, and keeps it where all that is looked at is plain; `asked` is None where not."""
+    generation = registry.generation
+    converted = as_bias(bias)
+    run = decide(scope, query, key, value, converted, options)
+    ours = run.candidate is not None  # type: ignore[attr-defined]  # else handed to torch: may not even have strides
+    seen = converted is bias or type(bias) in PLAIN  # what another library's mask holds is not looked at
+    if converted is not bias:
+        run = converting(run, TensorBias if seen else as_bias)
+    if ours and seen and asked is not None and all(type(tensor) in PLAIN for tensor in looked_at):
+        place = asked, query.shape, key.shape
+        scope.keep(asked, place, (recogniser(looked_at), autocast_of(query), run), generation)
+    return run
+
+
+def converting(run: Bound, convert: Callable[[Any], AttnBias | None]) -> Bound:
+    """`run` for a bias as the caller has it: a tensor, or an object of another library."""
+
+    def converted(query: Tensor, key: Tensor, value: Tensor, bias: Any) -> Any:
+        return run(query, key, value, convert(bias))
+
+    return _made_for(converted, run.candidate, run.problem)  # type: ignore[attr-defined]
 
 
 def decide(scope: Scope, query: Tensor, key: Tensor, value: Tensor, bias: AttnBias | None, options: Options) -> Bound:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .bias import AttnBias, Causal, TensorBias
+from .bias import AttnBias, Causal
 from .dispatch import ATTENTION, SDPA, SDPA_GQA, call
 from .errors import InputError
 from .trace import traced
@@ -88,8 +88,6 @@ def attention(
         UnknownKernelError, KernelRefusedError: `kernel` is unknown, or refuses; with all its reasons.
         NoKernelError: no kernel takes the problem; with every kernel's reasons.
     """
-    if type(bias) is Tensor:
-        bias = TensorBias(bias)
     if _is_tracing():
         return traced(ATTENTION, query, key, value, bias, scale, softcap, dropout_p, return_lse, kernel)
     grad, deterministic, level = _is_grad_enabled(), _is_deterministic(), forward_ad._current_level
@@ -116,7 +114,7 @@ def scaled_dot_product_attention(
 
     Raises what `attention` raises, and InputError for `attn_mask` together with `is_causal`.
     """
-    bias: Any = TensorBias(attn_mask) if type(attn_mask) is Tensor else attn_mask
+    bias: Any = attn_mask
     if is_causal:
         if attn_mask is not None:
             raise InputError("attn_mask: must be None where is_causal=True; put the causal mask into attn_mask instead")

@@ -27,12 +27,16 @@ def recogniser(tensors: Sequence[Tensor]) -> Recognise:
     if len(distinct) == len(tensors):
         return check
     # A guard object refuses a tensor that is given twice, so it is asked about each but once.
-    places = [next(i for i, other in enumerate(distinct) if tensor is other) for tensor in tensors]
-    firsts = [places.index(place) for place in range(len(distinct))]
+    firsts = [next(i for i, tensor in enumerate(tensors) if tensor is one) for one in distinct]
+    again = [
+        (i, first) for i, tensor in enumerate(tensors) for first in firsts if first < i and tensor is tensors[first]
+    ]
 
     def shared(*given: Tensor) -> bool:
-        chosen = [given[first] for first in firsts]
-        return all(tensor is chosen[place] for tensor, place in zip(given, places)) and check(*chosen)
+        for place, first in again:
+            if given[place] is not given[first]:
+                return False
+        return check(*[given[first] for first in firsts])
 
     return shared
 

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 TABLE_SIZE = 4096
 #: Choices kept at one place of a table: calls alike in what it is found by, and different in dtype, device or strides.
 ALIKE = 8
+#: Different things asked (options and bias) whose latest choice is at hand.
+LATEST = 64
 #: Settings whose tables are kept warm.
 SCOPES_KEPT = 64
 
@@ -50,12 +52,18 @@ Choice = tuple[Callable[..., bool], "torch.dtype | None", Callable[..., Any]]
 
 
 class Scope(dict[Any, tuple[Choice, ...]]):
-    """Settings, and the choices made under them: place of a call -> choices, the newest first."""
+    """Settings, and the choices made under them: place of a call -> choices, the newest first.
+
+    `latest` holds one choice more cheaply found: that of the latest call that asked the same, whatever its shapes. It
+    is written without a lock. So whoever takes a choice from the table to put it there reads `latest` before the
+    table: where kernels came or went in between, what is written goes into a dict that nobody reads any more.
+    """
 
     def __init__(self, settings: Settings | None, recorders: tuple[Recorder, ...] = ()) -> None:
         super().__init__()
         self._settings = settings
         self.recorders = recorders
+        self.latest: dict[Any, Choice] = {}
         with _lock:
             _alive[id(self)] = self
 
@@ -71,7 +79,7 @@ class Scope(dict[Any, tuple[Choice, ...]]):
         """Asks the environment again, at next use."""
         self._settings = None
 
-    def keep(self, place: Any, choice: Choice, generation: int) -> None:
+    def keep(self, asked: Any, place: Any, choice: Choice, generation: int) -> None:
         """Stores a choice made at that generation of the registry, dropping the oldest where the table is full.
 
         Kernels may have come or gone while it was made: then it is for this call alone.
@@ -82,13 +90,14 @@ class Scope(dict[Any, tuple[Choice, ...]]):
             while len(self) >= TABLE_SIZE:
                 del self[next(iter(self))]
             self[place] = (choice, *self.get(place, ()))[:ALIKE]
+            if len(self.latest) >= LATEST:
+                self.latest = {}
+            self.latest[asked] = choice
 
-    def put_first(self, place: Any, choice: Choice) -> None:
-        """Has a choice tried before its like: the next call will look the same."""
-        with _lock:
-            choices = self.get(place, ())
-            if choice in choices:  # else the table was emptied meanwhile
-                self[place] = (choice, *[other for other in choices if other is not choice])
+    def forget(self) -> None:
+        """Empties it: kernels came, went or broke."""
+        self.clear()
+        self.latest = {}  # after the table, and another one
 
 
 _lock = threading.RLock()
@@ -140,7 +149,7 @@ def forget_choices() -> None:
     """Empties every table: kernels came, went or broke."""
     with _lock:
         for scope in list(_alive.values()):
-            scope.clear()
+            scope.forget()
 
 
 def refresh() -> None:
