@@ -6,20 +6,25 @@ This module loads no kernel library, opens no CUDA context and finds no plugin; 
 from .bias import (
     ALiBi,
     AttnBias,
+    BlockMask,
     Cached,
     Causal,
     Intersection,
     KeyPadding,
     Mask,
+    MaskMod,
     Neighborhood,
     Paged,
     RelPosTable,
     Score,
+    ScoreMod,
     Segments,
     Sum,
     TensorBias,
     Window,
     as_bias,
+    mask_mod,
+    score_mod,
 )
 from .capabilities import ANY_DEVICE, ANY_DIM, Backward, Capabilities, Refusal
 from .cost import Cost
@@ -56,6 +61,7 @@ __all__ = [
     "AttnBias",
     "AttnError",
     "Backward",
+    "BlockMask",
     "Cached",
     "Capabilities",
     "Causal",
@@ -70,6 +76,7 @@ __all__ = [
     "KernelRefusedError",
     "KeyPadding",
     "Mask",
+    "MaskMod",
     "Neighborhood",
     "NoKernelError",
     "Paged",
@@ -84,6 +91,7 @@ __all__ = [
     "RelPosTable",
     "Row",
     "Score",
+    "ScoreMod",
     "Segments",
     "Sum",
     "TensorBias",
@@ -101,6 +109,7 @@ __all__ = [
     "is_available",
     "kernel",
     "kernels",
+    "mask_mod",
     "merge",
     "plan",
     "plugins",
@@ -111,6 +120,7 @@ __all__ = [
     "register",
     "register_sdpa",
     "scaled_dot_product_attention",
+    "score_mod",
 ]
 
 kernel = registry.kernel

@@ -2,15 +2,18 @@
 
 from .alibi import ALiBi
 from .base import AttnBias, Mask
+from .block_mask import BlockMask
 from .cached import Cached
 from .causal import Causal
 from .convert import as_bias
 from .intersection import Intersection
 from .key_padding import KeyPadding
+from .mask_function import MaskMod, mask_mod
 from .neighborhood import Neighborhood
 from .paged import Paged
 from .rel_pos_table import RelPosTable
 from .score import Score
+from .score_function import ScoreMod, score_mod
 from .segments import Segments
 from .sum import Sum
 from .tensor import TensorBias
@@ -19,18 +22,23 @@ from .window import Window
 __all__ = [
     "ALiBi",
     "AttnBias",
+    "BlockMask",
     "Cached",
     "Causal",
     "Intersection",
     "KeyPadding",
     "Mask",
+    "MaskMod",
     "Neighborhood",
     "Paged",
     "RelPosTable",
     "Score",
+    "ScoreMod",
     "Segments",
     "Sum",
     "TensorBias",
     "Window",
     "as_bias",
+    "mask_mod",
+    "score_mod",
 ]

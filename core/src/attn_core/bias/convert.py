@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import InputTypeError
 from .base import AttnBias
 from .causal import Causal
+from .from_flex import from_flex_block_mask
 from .tensor import TensorBias
 
 Convert = Callable[[Any], "AttnBias | None"]
@@ -52,3 +53,4 @@ def _from_torch_causal_bias(bias: Any) -> Causal:
 
 
 register("torch.nn.attention.bias.CausalBias", _from_torch_causal_bias)
+register("torch.nn.attention.flex_attention.BlockMask", from_flex_block_mask)

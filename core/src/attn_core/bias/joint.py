@@ -52,6 +52,13 @@ class Joint(Kind):
     def _of(self: Self, parts: list[Any], lengths: tuple[int, int] | None) -> Self:
         return type(self)(tuple(parts), lengths)  # type: ignore[call-arg]
 
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return self.parts == other.parts and self.lengths == other.lengths
+
+    __hash__ = Kind.__hash__
+
     @property
     def key(self) -> tuple[object, ...]:
         return (type(self), *[part.key for part in self.parts], self.lengths)

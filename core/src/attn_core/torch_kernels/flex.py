@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bias import AttnBias, Mask, Score, Sum, TensorBias
+from ..bias import AttnBias, Mask, Score, ScoreMod, Sum, TensorBias
 from ..capabilities import ANY_DIM, Backward, Capabilities
 from ..cost import Cost
 from ..kernel import Kernel
-from .dense import additive, of_rank_four
+from .flex_forms import block_mask_of, score_mod_of
 from .measured import MEASURED
 
 
@@ -41,12 +41,12 @@ def run(
     mask = None if bias is None else bias.mask
     if mask is not None:
         fresh = tracing or mask.holds_data
-        block_mask = _block_mask(mask, query.device) if fresh else _cached_block_mask(mask, query.device)
+        block_mask = block_mask_of(mask, query.device) if fresh else _cached_block_mask(mask, query.device)
     result = flex(
         query,
         key,
         value,
-        score_mod=_score_mod(() if bias is None else bias.scores, softcap),
+        score_mod=score_mod_of(() if bias is None else bias.scores, softcap),
         block_mask=block_mask,
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
@@ -55,37 +55,7 @@ def run(
     return (result[0], result[1].lse) if return_lse else result
 
 
-def _score_mod(scores: tuple[AttnBias, ...], softcap: float | None) -> Callable[..., Tensor] | None:
-    """softcap, then what is no mask."""
-    if not scores and softcap is None:
-        return None
-    written = tuple([_additive(part) if isinstance(part, TensorBias) else part for part in scores])
-
-    def changed(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        score = score.float()  # outside a graph it comes in the operands' dtype
-        if softcap is not None:
-            score = softcap * torch.tanh(score / softcap)
-        for part in written:
-            score = part.score(score, b, h, q, k)
-        return score
-
-    return changed
-
-
-def _additive(bias: TensorBias) -> TensorBias:
-    """In float32, as FlexAttention's scores are, whatever the operands."""
-    return TensorBias(of_rank_four(additive(bias, torch.float32)), bias.lengths)
-
-
-def _block_mask(bias: Mask, device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    seqlen_q, seqlen_kv = bias.bound_lengths()
-    batch, num_heads = (None if size == 1 else size for size in bias.batch_and_heads)
-    return create_block_mask(bias.rule(device), batch, num_heads, seqlen_q, seqlen_kv, device=device)
-
-
-_cached_block_mask = functools.lru_cache(maxsize=64)(_block_mask)
+_cached_block_mask = functools.lru_cache(maxsize=64)(block_mask_of)
 
 
 @functools.lru_cache(maxsize=1)
@@ -105,7 +75,7 @@ KERNEL = Kernel(
             dtypes={torch.float32, torch.float16, torch.bfloat16},
             head_dims=ANY_DIM,
             head_dims_v=ANY_DIM,
-            biases={Mask, Score, Sum, TensorBias},
+            biases={Mask, Score, ScoreMod, Sum, TensorBias},
             gqa=True,
             softcap=True,
             return_lse=True,
@@ -118,7 +88,7 @@ KERNEL = Kernel(
             dtypes={torch.float32, torch.float16, torch.bfloat16},
             head_dims=frozenset({16, 32, 64, 128, 256}),
             head_dims_v=frozenset({16, 32, 64, 128, 256}),
-            biases={Mask, Score, Sum, TensorBias},
+            biases={Mask, Score, ScoreMod, Sum, TensorBias},
             backward=Backward(),
             gqa=True,
             softcap=True,
