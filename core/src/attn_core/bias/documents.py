@@ -166,6 +166,7 @@ def common_band(documents: Documents, bands: list[Band], diagonal: int | None = 
             high = high if right is None else min(high, centre + right)
         if q0 < q1 and k0 < k1:
             left_of.append([q1 - q0, k1 - k0, low, high])
+    found: list[Band] = []
     corners: tuple[Corner, ...] = ("top-left", "bottom-right")
     for corner in corners:
         before, behind = [], []
@@ -175,8 +176,9 @@ def common_band(documents: Documents, bands: list[Band], diagonal: int | None = 
             behind.append((high - centre, high < last, last - centre))
         left, right = _one_limit(before), _one_limit(behind)
         if left != NO_LIMIT and right != NO_LIMIT:
-            return WHOLE if left is None and right is None else (left, right, corner)
-    return None
+            found.append(WHOLE if left is None and right is None else (left, right, corner))
+    # More kernels know causal than a window: which is one with the other corner, where the lengths differ everywhere.
+    return next((band for band in found if band[:2] == (None, 0)), found[0] if found else None)
 
 
 #: No number of keys is the same limit in every document.
