@@ -22,7 +22,7 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -170,10 +170,25 @@ def kernels_on(device: str) -> list[list[str]]:
     rows.append(["`layout`", *(kernel.layout for kernel, _ in found)])
     rows.append(["`refuse` (see below)", *(cell("", kernel.refuse is not None) for kernel, _ in found)])
     rows.append(["`skips`", *(listed(kernel.skips) or NO for kernel, _ in found)])
-    for field in fields(Cost):
-        costs = (getattr(kernel.cost(device), field.name) for kernel, _ in found)
-        rows.append([f"`cost.{field.name}`", *(cost if isinstance(cost, str) else f"{cost:g}" for cost in costs)])
+    costs = [kernel.cost(device) for kernel, _ in found]
+    both = [cost.with_backward for cost in costs]
+    rows += [[f"`cost.{name}`", *(constant(getattr(cost, name)) for cost in costs)] for name in constants()]
+    if any(both):
+        rows += [
+            [f"`cost.with_backward.{name}`", *(constant(cost and getattr(cost, name)) for cost in both)]
+            for name in constants()
+            if name not in ("backward", "threads", "source")
+        ]
     return rows
+
+
+def constants() -> list[str]:
+    """Fields of a Cost, but for that which is one itself."""
+    return [field.name for field in fields(Cost) if field.name != "with_backward"]
+
+
+def constant(value: float | str | None) -> str:
+    return NO if value is None else value if isinstance(value, str) else f"{value:g}"
 
 
 def cell(name: str, value: Any) -> str:
@@ -193,6 +208,12 @@ def fields_of(name: str) -> list[list[str]]:
     cls = getattr(attn_core, name)
     meanings = comments(cls)
     rows = [["field", "type", "default", "meaning"]]
+    if not is_dataclass(cls):
+        named: Any = cls
+        for name, kind in named.__annotations__.items():
+            default = f"`{shown(named._field_defaults[name])}`" if name in named._field_defaults else "required"
+            rows.append([f"`{name}`", f"`{kind}`", default, meanings[name]])
+        return rows
     for field in fields(cls):
         default = "required"
         if field.default is not MISSING:
@@ -260,7 +281,8 @@ def comments(cls: type) -> dict[str, str]:
     for names, text in re.findall(r"^ {4}([\w, ]+): (.*?)(?=^ {4}\w|\Z)", arguments, re.M | re.S):
         for each in names.split(", "):
             found.setdefault(each, " ".join(text.split()))
-    return {field.name: found.get(field.name) or MEANINGS[f"{cls.__name__}.{field.name}"] for field in fields(cls)}
+    names = [field.name for field in fields(cls)] if is_dataclass(cls) else list(cls.__annotations__)
+    return {name: found.get(name) or MEANINGS[f"{cls.__name__}.{name}"] for name in names}
 
 
 def options_of(command: str) -> list[list[str]]:

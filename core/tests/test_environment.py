@@ -10,7 +10,7 @@ from attn_core.environment import Environment, read_environment
 
 @pytest.fixture(autouse=True)
 def _no_variables(monkeypatch):
-    for name in ("ATTN_PLUGINS", "ATTN_BLOCK", "ATTN_PREFER", "ATTN_ALLOW"):
+    for name in ("ATTN_PLUGINS", "ATTN_BLOCK", "ATTN_PREFER", "ATTN_ALLOW", "ATTN_COSTS"):
         monkeypatch.delenv(name, raising=False)
 
 

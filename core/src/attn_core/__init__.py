@@ -15,6 +15,7 @@ from .bias import (
     MaskMod,
     Neighborhood,
     Paged,
+    PrefixLM,
     RelPosTable,
     Score,
     ScoreMod,
@@ -27,9 +28,10 @@ from .bias import (
     score_mod,
 )
 from .capabilities import ANY_DEVICE, ANY_DIM, Backward, Capabilities, Refusal
-from .cost import Cost
+from .cost import Cost, Work
 from .errors import (
     AttnError,
+    CalibrationWarning,
     DeclarationError,
     DuplicateKernelError,
     InputError,
@@ -63,6 +65,7 @@ __all__ = [
     "Backward",
     "BlockMask",
     "Cached",
+    "CalibrationWarning",
     "Capabilities",
     "Causal",
     "Cost",
@@ -84,6 +87,7 @@ __all__ = [
     "PlanError",
     "Plugin",
     "PluginWarning",
+    "PrefixLM",
     "Problem",
     "Recorder",
     "Refusal",
@@ -100,6 +104,7 @@ __all__ = [
     "Unusable",
     "Verdict",
     "Window",
+    "Work",
     "allow",
     "as_bias",
     "attention",

@@ -19,11 +19,7 @@ from .bias import AttnBias, Mask, TensorBias
 from .capabilities import Capabilities, takes_dense_mask
 from .cost import Terms
 from .problem import Problem
-
-#: Seconds per element that is copied, per device type: what a rewrite costs beside the kernel itself.
-COPY = {"cpu": 0.4e-9, "cuda": 4e-12}
-#: Seconds per operation that a rewrite adds.
-CALL = {"cpu": 4e-6, "cuda": 5e-6}
+from .rates import Rates, shipped_rates
 
 
 @dataclass(frozen=True)
@@ -50,11 +46,16 @@ class Adaptation:
     elements: Callable[[Problem, Problem], Terms]
     apply: Callable[[Operands, Problem, Problem, int], Operands]
 
-    def terms(self, before: Problem, after: Problem) -> Terms:
-        """Seconds that it adds, as coefficients of the lengths."""
-        copied = self.elements(before, after).times(COPY.get(before.device, 1e-9))
-        work = copied.plus(Terms(call=CALL.get(before.device, 5e-6)))
-        return work.times(2.0) if before.needs_backward else work
+    def terms(self, before: Problem, after: Problem, rates: Rates | None = None) -> Terms:
+        """Seconds that it adds, as coefficients of the lengths, at these rates of the device."""
+        rates = rates or shipped_rates(before.device)
+        elements = self.elements(before, after)
+        if self.name == "materialize":
+            assert before.bias is not None
+            work, differentiated = rates.writing(before.bias, elements), before.bias_requires_grad
+        else:
+            work, differentiated = rates.copying(elements), before.requires_grad
+        return work.times(2.0) if differentiated else work
 
 
 # gather_pages: keys and values are taken from their pages and laid in a row, each sequence for itself

@@ -68,7 +68,7 @@ def _wrong_in_backward(given: Any) -> list[str]:
 def _wrong_in_kernel(given: Any) -> list[str]:
     wrong = [
         f"{name}: must be a function or None, got {getattr(given, name)!r}"
-        for name in ("refuse", "probe", "prepare")
+        for name in ("refuse", "probe", "work", "prepare")
         if getattr(given, name) is not None and not callable(getattr(given, name))
     ]
     costs = given.costs

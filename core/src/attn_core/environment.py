@@ -4,12 +4,15 @@ ATTN_PLUGINS   allow-list of plugins, comma-separated; set but empty: the built-
 ATTN_BLOCK     deny-list of plugins: not even imported
 ATTN_PREFER    kernel name patterns, the most preferred first, such as "flash/*,torch/flash"
 ATTN_ALLOW     what else may be chosen: "approximate"
+ATTN_COSTS     the file of measured constants; set but empty: those that are shipped
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from .errors import InputError
 
@@ -22,6 +25,7 @@ class Environment:
     block: tuple[str, ...] = ()
     prefer: tuple[str, ...] = ()
     allow: frozenset[str] = frozenset()
+    costs: str | None = None  #: None: a file in the user's cache
 
 
 def read_environment() -> Environment:
@@ -32,7 +36,23 @@ def read_environment() -> Environment:
         block=_listed(os.environ.get("ATTN_BLOCK", "")),
         prefer=_listed(os.environ.get("ATTN_PREFER", "")),
         allow=check_allowed(_listed(os.environ.get("ATTN_ALLOW", "")), "ATTN_ALLOW"),
+        costs=os.environ.get("ATTN_COSTS"),
     )
+
+
+def path_of_costs(environment: Environment) -> Path | None:
+    """Where measured constants are kept: as ATTN_COSTS says, else in the user's cache; None where that is set empty."""
+    if environment.costs is not None:
+        return Path(environment.costs).expanduser() if environment.costs.strip() else None
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if given.is_absolute():
+        return given / "attn" / "costs.json"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "attn" / "costs.json"
+    if sys.platform == "win32":
+        local = os.environ.get("LOCALAPPDATA")
+        return (Path(local) if local else Path.home() / "AppData" / "Local") / "attn" / "Cache" / "costs.json"
+    return Path.home() / ".cache" / "attn" / "costs.json"
 
 
 def check_allowed(names: tuple[str, ...], where: str) -> frozenset[str]:

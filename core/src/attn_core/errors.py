@@ -50,6 +50,10 @@ class PlanError(AttnError, ValueError):
     """A plan was called with operands other than those it was made for."""
 
 
+class CalibrationWarning(UserWarning):
+    """A file of measured constants is ignored; estimates are by those that are shipped."""
+
+
 class PluginWarning(UserWarning):
     """A plugin was left out; said once per plugin, the rest go on."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .bias import AttnBias, TensorBias
 from .capabilities import Capabilities, Refusal, covers
-from .cost import UNDECLARED, Cost, Terms
+from .cost import UNDECLARED, Cost, Terms, Work, quantities
 from .errors import DeclarationError
 from .problem import Problem
 
@@ -51,6 +51,9 @@ class Kernel:
         probe: answers None where the kernel can run on this machine, else why not; called once, at first use.
         costs: device type -> Cost, "*" for every other; a device that is missing costs UNDECLARED.
         skips: kinds of bias whose masked pairs are not visited.
+        work: says of a problem which pairs are visited and in how many parts, where that is neither all pairs nor,
+            as `skips` says, those that the bias leaves; None: that. Asked once per choice; with stand-in lengths where
+            those are symbolic.
         prepare: called once per choice with the problem as the kernel sees it; may answer a function
             `(query, key, value, bias)` that does for just this problem what `run` would do, its branches settled
             beforehand. None: `run` is called. A few microseconds of Python matter at small sizes.
@@ -66,6 +69,7 @@ class Kernel:
     probe: Callable[[], Unusable | None] | None = None
     costs: Mapping[str, Cost] = field(default_factory=dict)
     skips: Collection[type[AttnBias]] = ()
+    work: Callable[[Problem], Work | None] | None = None
     prepare: Callable[[Problem], Bound | None] | None = None
 
     def __post_init__(self) -> None:
@@ -123,10 +127,17 @@ class Kernel:
 
     def terms(self, problem: Problem) -> Terms:
         """Estimated seconds for `problem`, as coefficients of its lengths."""
+        return self.cost(problem.device).terms(problem, **self._visits(problem))
+
+    def quantities(self, problem: Problem) -> dict[str, float]:
+        """How often each constant of its Cost is taken for `problem`."""
+        return {name: terms.seconds(problem) for name, terms in quantities(problem, **self._visits(problem)).items()}
+
+    def _visits(self, problem: Problem) -> dict[str, Any]:
         bias = problem.bias
         skips = bias is not None and bias.mask is not None and covers(self.skips, bias.mask)
         dense = bias is not None and any(isinstance(part, TensorBias) for part in bias.scores)
-        return self.cost(problem.device).terms(problem, skips=skips, dense_bias=dense)
+        return {"skips": skips, "dense_bias": dense, "work": None if self.work is None else self.work(problem)}
 
 
 def resolve(kernel: Kernel) -> Run:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType, TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pluggy
 
@@ -21,10 +21,21 @@ from . import hookspecs
 from .capabilities import Refusal
 from .declaration import check_declaration
 from .discovery import BUILT_IN, BUILT_IN_MODULE, CORE, installed_entry_points, owner
-from .environment import Environment, read_environment
-from .errors import DeclarationError, DuplicateKernelError, PluginWarning, UnknownKernelError, suggestion
+from .environment import Environment, path_of_costs, read_environment
+from .errors import (
+    CalibrationWarning,
+    DeclarationError,
+    DuplicateKernelError,
+    PluginWarning,
+    UnknownKernelError,
+    suggestion,
+)
 from .kernel import Kernel, Run, Unusable, resolve
 from .problem import Problem
+from .rates import Rates, shipped_rates
+
+if TYPE_CHECKING:
+    from .costs_file import Calibration
 
 State = Literal["ready", "absent", "broken", "unavailable", "refused", "failed"]
 
@@ -91,6 +102,11 @@ class Registry:
         self._loading = False
         self._plugins: dict[str, Plugin] = {}
         self._kernels: Mapping[str, Kernel] = MappingProxyType({})
+        self._declared: dict[str, Kernel] = {}  # as they came, with the costs that they were given
+        #: The constants measured on this machine that are in use; None: those that kernels ship.
+        self.calibration: Calibration | None = None
+        #: Why a file of such constants is ignored; None where none is.
+        self.ignored_costs: tuple[str, str] | None = None
         self._conditions: dict[str, Condition] = {}
         self._runs: dict[str, Run] = {}
         self._on_change: list[Callable[[], None]] = []
@@ -157,7 +173,29 @@ class Registry:
         text = f"last run raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         self._conditions[kernel.name] = Condition(state="failed", reason=text)
 
+    def rates(self, device: str) -> Rates:
+        """What adaptations take on this type of device."""
+        measured = self.calibration
+        if measured is not None and measured.device == device and measured.rates is not None:
+            return measured.rates
+        return shipped_rates(device)
+
     # Changes
+
+    def use_costs(self, calibration: Calibration | None) -> None:
+        """Estimates by these constants from now on; None: by those that kernels ship. Choices are made anew."""
+        self.load()
+        with self._lock:
+            self.calibration = calibration
+            self._kernels = MappingProxyType({name: self._as_measured(k) for name, k in self._declared.items()})
+            self._changed()
+
+    def _as_measured(self, kernel: Kernel) -> Kernel:
+        """The kernel with the constants measured here in place of those that it ships."""
+        measured = self.calibration
+        if measured is None or kernel.name not in measured.costs:
+            return kernel
+        return replace(kernel, costs={**kernel.costs, measured.device: measured.costs[kernel.name]})
 
     def register(self, kernel: Kernel) -> Registration:
         """Adds a kernel of this process.
@@ -174,7 +212,8 @@ class Registry:
 
     def unregister(self, kernel: Kernel) -> None:
         with self._lock:
-            if self._kernels.get(kernel.name) is kernel:
+            if any(table.get(kernel.name) is kernel for table in (self._declared, self._kernels)):
+                del self._declared[kernel.name]
                 self._kernels = MappingProxyType({n: k for n, k in self._kernels.items() if n != kernel.name})
                 self._forget(kernel)
                 self._changed()
@@ -189,6 +228,7 @@ class Registry:
             self._loaded = False
             self._plugins = {}
             self._kernels = MappingProxyType({})
+            self._declared = {}
             self._conditions.clear()
             self._runs.clear()
             self._changed()
@@ -202,13 +242,30 @@ class Registry:
                 return
             self._loading = True
             try:
-                left_out = self._load_all(read_environment())
+                environment = read_environment()
+                ignored = self._read_costs(environment)
+                left_out = self._load_all(environment)
             finally:
                 self._loading = False
             self._loaded = True
             self._changed()
         for text in left_out:  # at the end: where warnings are errors, the others are there all the same
             warnings.warn(text, PluginWarning, stacklevel=3)
+        if ignored:
+            warnings.warn(ignored, CalibrationWarning, stacklevel=3)
+
+    def _read_costs(self, environment: Environment) -> str | None:
+        """Takes up the constants measured on this machine. Returns what to warn of."""
+        from .costs_file import UnusableFileError, read_costs
+
+        self.calibration, self.ignored_costs = None, None
+        path = path_of_costs(environment)
+        try:
+            self.calibration = None if path is None else read_costs(path)
+        except UnusableFileError as error:
+            self.ignored_costs = str(path), str(error)
+            return f"the measured costs in {path} are ignored: {error}; `attn calibrate` measures anew"
+        return None
 
     def _load_all(self, environment: Environment) -> list[str]:
         """Fills the tables. Returns what to warn of."""
@@ -263,8 +320,9 @@ class Registry:
         for kernel in kernels:
             if kernel.name in table:
                 raise DuplicateKernelError(f"a kernel {kernel.name!r} is registered already")
-            table[kernel.name] = kernel
+            table[kernel.name] = self._as_measured(kernel)
         for kernel in kernels:
+            self._declared[kernel.name] = kernel
             self._forget(kernel)
         self._kernels = MappingProxyType(table)
         self._changed()

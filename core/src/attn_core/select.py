@@ -97,10 +97,13 @@ def consider(
         if any(refusal.field in adaptation.fields for refusal in refusals):
             after = adaptation.rewrite(adapted, kernel.declaration(adapted))
             if after is not None:
-                extra = extra.plus(adaptation.terms(adapted, after))
+                extra = extra.plus(adaptation.terms(adapted, after, registry.rates(problem.device)))
                 steps.append((adaptation, after))
                 adapted = after
                 refusals = kernel.refusals(adapted, limits=limits)
+    terms, reason = _estimated(kernel, adapted) if not refusals else (None, None)
+    if reason is not None:
+        refusals = [reason]
     if kernel.declaration(problem).numerics == "approximate" and "approximate" not in settings.allow:
         text = 'is approximate; allowed within `with allow("approximate")` or by ATTN_ALLOW=approximate'
         refusals = [*refusals, Refusal("numerics", text)]
@@ -111,7 +114,8 @@ def consider(
         shown = [r for r in unadapted if r.field not in solvable or any(r.field == s.field for s in refusals)]
         shown += [r for r in refusals if all(r.field != s.field for s in shown)]
         return Candidate(kernel=kernel, state="refused", refusals=tuple(shown), problem=problem, preferred=preferred)
-    terms = kernel.terms(adapted).plus(extra)
+    assert terms is not None
+    terms = terms.plus(extra)
     return Candidate(
         kernel=kernel,
         state=condition.state,
@@ -122,6 +126,16 @@ def consider(
         seconds=terms.seconds(adapted),
         preferred=preferred,
     )
+
+
+def _estimated(kernel: Kernel, problem: Problem) -> tuple[Terms | None, Refusal | None]:
+    """The kernel's estimate; where its own `work` raises, that is a reason not to take it, not to fail the call."""
+    try:
+        return kernel.terms(problem), None
+    except Exception as error:
+        if kernel.work is None:
+            raise
+        return None, Refusal("work", f"its own count of pairs raised {type(error).__name__}: {error}")
 
 
 def rank(registry: Registry, problem: Problem, settings: Settings, *, limits: bool = True) -> list[Candidate]:
