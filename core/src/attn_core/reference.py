@@ -75,5 +75,7 @@ def _softmax_times(logits: Tensor, value: Tensor, dropout_p: float) -> tuple[Ten
     empty = total == 0
     total = total.masked_fill(empty, 1.0)
     lse = (highest + total.log()).masked_fill(empty, MASKED).squeeze(-1)
-    weights = torch.dropout(weights / total, dropout_p, train=dropout_p > 0)
+    weights = weights / total
+    if dropout_p:  # which may be symbolic: torch.dropout takes a plain bool for whether it is on
+        weights = torch.dropout(weights, dropout_p, train=True)
     return (weights @ value).transpose(1, 2), lse
