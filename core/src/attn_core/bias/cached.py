@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from .segments import band_of
 from .window import Window
 
 
-@dataclass(frozen=True, repr=False, eq=False)
+@dataclass(frozen=True, repr=False, eq=False, init=False)
 class Cached(Mask):
     """The first `seqlens_kv[b]` keys of batch entry b exist; a query sees those of them that `within` lets it.
 
@@ -39,12 +39,20 @@ class Cached(Mask):
     """
 
     seqlens_kv: Tensor
-    within: Causal | Window | None = field(default=None, kw_only=True)
-    lengths: tuple[int, int] | None = field(default=None, kw_only=True)
+    within: Causal | Window | None
+    lengths: tuple[int, int] | None = None
 
-    def __post_init__(self) -> None:
-        check_within("Cached", self.within)
-        object.__setattr__(self, "seqlens_kv", whole_numbers("Cached", "seqlens_kv", self.seqlens_kv, 1))
+    def __init__(
+        self,
+        seqlens_kv: Tensor | Sequence[int],
+        *,
+        within: Causal | Window | None = None,
+        lengths: tuple[int, int] | None = None,
+    ) -> None:
+        check_within("Cached", within)
+        object.__setattr__(self, "seqlens_kv", whole_numbers("Cached", "seqlens_kv", seqlens_kv, 1))
+        object.__setattr__(self, "within", within)
+        object.__setattr__(self, "lengths", lengths)
 
     def __repr__(self) -> str:
         text = f"Cached({shown(self.seqlens_kv)}{told_within(self.within)})"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from .causal import Causal
 from .window import Window
 
 
-@dataclass(frozen=True, repr=False, eq=False)
+@dataclass(frozen=True, repr=False, eq=False, init=False)
 class Paged(Mask):
     """Key and value are `[num_pages, page_size, num_kv_heads, head_dim]`, and a table says whose they are.
 
@@ -59,23 +60,28 @@ class Paged(Mask):
     page_table: Tensor
     seqlens_kv: Tensor
     page_size: int
-    within: Causal | Window | None = field(default=None, kw_only=True)
-    lengths: tuple[int, int] | None = field(default=None, kw_only=True)
+    within: Causal | Window | None
+    lengths: tuple[int, int] | None = None
 
-    def __post_init__(self) -> None:
-        check_within("Paged", self.within)
-        table = whole_numbers("Paged", "page_table", self.page_table, 2)
-        seqlens = whole_numbers("Paged", "seqlens_kv", self.seqlens_kv, 1)
+    def __init__(
+        self,
+        page_table: Tensor | Sequence[Sequence[int]],
+        seqlens_kv: Tensor | Sequence[int],
+        page_size: int,
+        *,
+        within: Causal | Window | None = None,
+        lengths: tuple[int, int] | None = None,
+    ) -> None:
+        check_within("Paged", within)
+        table = whole_numbers("Paged", "page_table", page_table, 2)
+        seqlens = whole_numbers("Paged", "seqlens_kv", seqlens_kv, 1)
         if table.shape[0] != seqlens.shape[0]:
             raise InputError(f"Paged: page_table has batch={table.shape[0]}, seqlens_kv has batch={seqlens.shape[0]}")
-        if not isinstance(self.page_size, (int, torch.SymInt)) or isinstance(self.page_size, bool):
-            raise InputTypeError(f"Paged: page_size must be an int, got {self.page_size!r}")
-        page_size = operator.index(self.page_size)
+        if not isinstance(page_size, (int, torch.SymInt)) or isinstance(page_size, bool):
+            raise InputTypeError(f"Paged: page_size must be an int, got {page_size!r}")
         if page_size < 1:
             raise InputError(f"Paged: page_size must be at least 1, got {page_size}")
-        object.__setattr__(self, "page_table", table)
-        object.__setattr__(self, "seqlens_kv", seqlens)
-        object.__setattr__(self, "page_size", page_size)
+        _set(self, table, seqlens, operator.index(page_size), within, lengths)
 
     def __repr__(self) -> str:
         table = f"<{self.page_table.shape[0]} x {self.page_table.shape[1]} pages of {self.page_size}>"
@@ -196,12 +202,23 @@ def _made(
 ) -> Paged:
     """One of values that were checked before."""
     bias = object.__new__(Paged)
+    _set(bias, page_table, seqlens_kv, page_size, within, lengths)
+    return bias
+
+
+def _set(
+    bias: Paged,
+    page_table: Tensor,
+    seqlens_kv: Tensor,
+    page_size: int,
+    within: Causal | Window | None,
+    lengths: tuple[int, int] | None,
+) -> None:
     object.__setattr__(bias, "page_table", page_table)
     object.__setattr__(bias, "seqlens_kv", seqlens_kv)
     object.__setattr__(bias, "page_size", page_size)
     object.__setattr__(bias, "within", within)
     object.__setattr__(bias, "lengths", lengths)
-    return bias
 
 
 def in_a_row(key: Tensor, value: Tensor, bias: AttnBias) -> tuple[Tensor, Tensor, AttnBias]:
