@@ -11,6 +11,7 @@ from .key_padding import KeyPadding
 from .mask_function import MaskMod, mask_mod
 from .neighborhood import Neighborhood
 from .paged import Paged
+from .prefix_lm import PrefixLM
 from .rel_pos_table import RelPosTable
 from .score import Score
 from .score_function import ScoreMod, score_mod
@@ -31,6 +32,7 @@ __all__ = [
     "MaskMod",
     "Neighborhood",
     "Paged",
+    "PrefixLM",
     "RelPosTable",
     "Score",
     "ScoreMod",
