@@ -292,7 +292,8 @@ def options_of(command: str) -> list[list[str]]:
     rows = [["option", "meaning"]]
     for option in found.params:
         if isinstance(option, click.Argument):
-            rows.append([f"`{(option.name or '').upper()}`", f"optional; default `{option.default}`"])
+            name = option.metavar or (option.name or "").upper()
+            rows.append([f"`{name}`", "required" if option.required else f"optional; default `{option.default}`"])
         elif isinstance(option, click.Option):
             values = ""
             if not option.is_flag:

@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import json
 import re
+import shlex
 import subprocess
 import sys
 import typing
@@ -285,11 +286,12 @@ def commands_in(text):
     return [line for info, body in blocks(text) if not info for line in body.splitlines() if line.startswith("attn ")]
 
 
-def test_command_lines_in_the_documents_work(alone):
+def test_command_lines_in_the_documents_work(alone, tmp_path, monkeypatch):
     lines = [line for page in PAGES for line in commands_in(text_of(page))]
     assert lines
+    monkeypatch.chdir(tmp_path)  # some write a file
     for line in lines:
-        result = CliRunner().invoke(main, line.split()[1:])
+        result = CliRunner().invoke(main, shlex.split(line)[1:])
         assert result.exit_code == 0, f"{line}: {result.output}"
 
 

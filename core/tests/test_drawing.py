@@ -16,6 +16,8 @@ from attn_core import (
     TensorBias,
     UnboundBiasError,
     Window,
+    mask_mod,
+    score_mod,
 )
 from attn_core.bias.drawing import cells
 
@@ -155,6 +157,11 @@ def test_a_bias_of_a_strangers_kind_is_drawn_by_its_dense_form():
 
         def materialize(self, device=None):
             return torch.tensor([[[True, False]], [[False, True]]], device=device)
+
+        def needs_materialization(self):
+            return True
+
+        dispatch = staticmethod(lambda *operands: None)
 
     assert Mine().bind(1, 2).draw(head=1) == "·█"
 

@@ -26,6 +26,7 @@ BUILT_IN = {
     "explain": "attn_core.cli.explain:explain",
     "kernels": "attn_core.cli.kernels:kernels",
     "plugins": "attn_core.cli.plugins:plugins",
+    "show": "attn_core.cli.show:show",
 }
 
 
