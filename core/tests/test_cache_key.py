@@ -464,6 +464,7 @@ def test_what_is_handed_to_torch_is_not_kept_and_asked_for_no_strides(ran):
 
 def test_calls_that_differ_in_shape_alone_take_turns_without_a_new_choice(ran):
     lengths = [operands((2, seqlen, 3, 8)) for seqlen in range(4, 14)]
+    lengths += [operands((batch, 48 // batch, 3, 8)) for batch in (1, 2, 3, 4, 6, 8, 12)]  # as many elements
     expected = [reference_attention(*each)[0].float() for each in lengths]
     for each in lengths:
         attention(*each)
@@ -560,7 +561,7 @@ def test_refresh_forgets_the_latest_choice_too():
 
 def test_a_choice_looked_up_while_kernels_come_is_not_the_latest_afterwards(ran):
     """The table is read, then emptied by another thread, then the choice is put where the next call finds it."""
-    x, y = operands(), operands((2, 5, 3, 8))
+    x, y = operands(), operands((4, 2, 3, 8))  # as many elements, so that they ask the same
     attention(*x)
     attention(*y)  # the latest of the two
     scope = current.get()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.parameter import Parameter
 
 from .bias import AttnBias, Causal, TensorBias, as_bias
@@ -29,6 +30,8 @@ from .scope import Choice, Scope, current
 from .select import Candidate, choose, with_plain_lengths
 from .tracing import constant
 
+_is_grad_enabled = torch.is_grad_enabled
+_is_deterministic = torch._C._get_deterministic_algorithms
 _stock_sdpa = torch._C._nn.scaled_dot_product_attention
 
 #: Doors: who calls, and in which layout.
@@ -37,9 +40,8 @@ SDPA = 1  #: heads-first, any leading dimensions
 SDPA_GQA = 2  #: the same, with enable_gqa=True
 
 
-#: What a call asks beside its operands and bias: (door, scale, softcap, dropout_p, return_lse, kernel, whether
-#: gradients are on, whether algorithms must be deterministic, level of forward-mode differentiation).
-Options = tuple[int, float | None, float | None, float, bool, str | None, bool, bool, int]
+#: What a call asks beside its operands and bias: (door, scale, softcap, dropout_p, return_lse, kernel).
+Options = tuple[int, float | None, float | None, float, bool, str | None]
 
 #: Classes of tensors of which all that matters is seen.
 PLAIN = (Tensor, Parameter)
@@ -47,27 +49,52 @@ PLAIN = (Tensor, Parameter)
 NOTHING: Choice = (lambda *looked_at: False, None, lambda *call: None)
 
 
-def call(query: Tensor, key: Tensor, value: Tensor, bias: Any, options: Options) -> Any:
+def call(
+    door: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Any,
+    scale: float | None,
+    softcap: float | None,
+    dropout_p: float,
+    return_lse: bool,
+    kernel: str | None,
+) -> Any:
     """Runs one attention call by the kernel chosen for it."""
     scope = current.get()
-    asked: Any
-    looked_at: tuple[Tensor, ...]
+    bias_key: Any = None
+    looked_at: tuple[Tensor, ...] = (query, key, value)
     run: Any
     try:
         if bias is None:
-            asked, looked_at = options, (query, key, value)
+            pass
         elif type(bias) is TensorBias:  # its tensor is looked at as the operands are
-            asked, looked_at = (options, TensorBias, bias.lengths), (query, key, value, bias.tensor)
+            bias_key, looked_at = (TensorBias, bias.lengths), (query, key, value, bias.tensor)
         elif type(bias) in PLAIN:
-            asked, looked_at = (options, Tensor, None), (query, key, value, bias)
+            bias_key, looked_at = Tensor, (query, key, value, bias)
         else:
-            asked, looked_at = (options, bias.key), (query, key, value)
+            bias_key = (bias.key,)
+        asked: Any = (
+            door,
+            scale,
+            softcap,
+            dropout_p,
+            return_lse,
+            kernel,
+            _is_grad_enabled(),
+            _is_deterministic(),
+            forward_ad._current_level,
+            bias_key,
+            key.numel(),
+        )
         recognise, cast_to, run = scope.latest.get(asked, NOTHING)
         if not recognise(*looked_at) or (cast_to is not None and cast_to is not autocast_of(query)):
             run = look_up(scope, asked, looked_at)
     except (AttributeError, RuntimeError, TypeError):  # no tensor, nested, symbolic, or a foreign bias
-        asked, looked_at, run = None, (), None
+        asked = run = None
     if run is None:
+        options = door, scale, softcap, dropout_p, return_lse, kernel
         run = choose_anew(scope, query, key, value, bias, options, asked, looked_at)
     try:
         return run(query, key, value, bias)
@@ -122,7 +149,7 @@ def converting(run: Bound, convert: Callable[[Any], AttnBias | None]) -> Bound:
 
 def decide(scope: Scope, query: Tensor, key: Tensor, value: Tensor, bias: AttnBias | None, options: Options) -> Bound:
     """The function that runs this call, and every other that looks the same."""
-    door, scale, softcap, dropout_p, return_lse, kernel = options[:6]
+    door, scale, softcap, dropout_p, return_lse, kernel = options
     if door != ATTENTION:
         refuse_pages(bias)
         reason = what_is_foreign(query, key, value)

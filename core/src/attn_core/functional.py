@@ -6,7 +6,6 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .bias import AttnBias, Causal
 from .dispatch import ATTENTION, SDPA, SDPA_GQA, call
@@ -14,8 +13,6 @@ from .errors import InputError
 from .trace import traced
 
 _is_tracing = torch.compiler.is_dynamo_compiling
-_is_grad_enabled = torch.is_grad_enabled
-_is_deterministic = torch._C._get_deterministic_algorithms
 _TOP_LEFT = Causal("top-left")
 
 
@@ -90,9 +87,7 @@ def attention(
     """
     if _is_tracing():
         return traced(ATTENTION, query, key, value, bias, scale, softcap, dropout_p, return_lse, kernel)
-    grad, deterministic, level = _is_grad_enabled(), _is_deterministic(), forward_ad._current_level
-    options = ATTENTION, scale, softcap, dropout_p, return_lse, kernel, grad, deterministic, level
-    return call(query, key, value, bias, options)
+    return call(ATTENTION, query, key, value, bias, scale, softcap, dropout_p, return_lse, kernel)
 
 
 def scaled_dot_product_attention(
@@ -122,6 +117,4 @@ def scaled_dot_product_attention(
     door = SDPA_GQA if enable_gqa else SDPA
     if _is_tracing():
         return traced(door, query, key, value, bias, scale, None, dropout_p, False, None)  # type: ignore[no-any-return]
-    grad, deterministic, level = _is_grad_enabled(), _is_deterministic(), forward_ad._current_level
-    options = door, scale, None, dropout_p, False, None, grad, deterministic, level
-    return call(query, key, value, bias, options)  # type: ignore[no-any-return]
+    return call(door, query, key, value, bias, scale, None, dropout_p, False, None)  # type: ignore[no-any-return]

@@ -56,7 +56,7 @@ def plan(
     given = as_bias(bias)
     settings = current.get().settings
     # A scope without the recorders that are open now: a plan outlives them, and asks at each call who listens.
-    options = door, scale, softcap, dropout_p, return_lse, kernel, True, False, -1
+    options = door, scale, softcap, dropout_p, return_lse, kernel
     run = decide(scope_for(settings), query, key, value, given, options)
     if getattr(run, "candidate", None) is None:
         raise InputTypeError("plan: takes plain tensors; what the core does not model goes to torch call by call")

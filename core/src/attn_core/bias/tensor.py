@@ -10,6 +10,9 @@ from torch import Tensor
 from ..errors import InputError, InputTypeError
 from .base import AttnBias, Kind
 
+# Looked up once: many build a bias for every call.
+_BOOL = torch.bool
+
 
 class TensorBias(Kind):
     """A dense tensor, broadcastable to `[batch, num_heads, seqlen_q, seqlen_kv]`.
@@ -32,13 +35,15 @@ class TensorBias(Kind):
     def __init__(self, bias: Tensor, lengths: tuple[int, int] | None = None) -> None:
         if not isinstance(bias, Tensor):
             raise InputTypeError(f"TensorBias: takes a tensor, got {type(bias).__name__}")
-        if bias.dtype is not torch.bool and not bias.is_floating_point():
+        dtype = bias.dtype
+        if dtype is not _BOOL and not dtype.is_floating_point:
             raise InputTypeError(
                 f"TensorBias: takes a boolean tensor (True = may attend) or a floating one (added to the logits),"
-                f" got {bias.dtype}"
+                f" got {dtype}"
             )
         object.__setattr__(self, "tensor", bias)
-        object.__setattr__(self, "lengths", lengths)
+        if lengths is not None:  # which it is until bound
+            object.__setattr__(self, "lengths", lengths)
 
     @property
     def bias(self) -> Tensor:

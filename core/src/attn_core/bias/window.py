@@ -13,7 +13,7 @@ from .causal import Causal
 from .diagonal import Corner, check_corner, check_corner_is_decided, clipped_pairs, offset
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, init=False)  # built for every call by many: its own __init__ takes a third less
 class Window(Mask):
     """Query i sees `left` keys before the diagonal, the key on it, and `right` keys behind: left + 1 + right in all.
 
@@ -35,15 +35,22 @@ class Window(Mask):
     lengths: tuple[int, int] | None = None
     key: tuple[object, ...] = field(init=False, compare=False)
 
-    def __post_init__(self) -> None:
-        check_corner("Window", self.corner)
-        for name, limit in (("left", self.left), ("right", self.right)):
-            if limit is not None and (isinstance(limit, (bool, float)) or limit < 0):
-                raise InputError(
-                    f"Window: {name} counts keys beside the diagonal, so it must be an int >= 0,"
-                    f" or None for no limit; got {limit!r}"
-                )
-        object.__setattr__(self, "key", (Window, self.left, self.right, self.corner, self.lengths))
+    def __init__(
+        self,
+        left: int | None,
+        right: int | None,
+        corner: Corner | None = None,
+        lengths: tuple[int, int] | None = None,
+    ) -> None:
+        check_corner("Window", corner)
+        _check_limit("left", left)
+        _check_limit("right", right)
+        object.__setattr__(self, "left", left)
+        object.__setattr__(self, "right", right)
+        object.__setattr__(self, "corner", corner)
+        if lengths is not None:  # which it is until bound
+            object.__setattr__(self, "lengths", lengths)
+        object.__setattr__(self, "key", (Window, left, right, corner, lengths))
 
     def __repr__(self) -> str:
         corner = f', "{self.corner}"' if self.corner else ""
@@ -116,3 +123,11 @@ class Window(Mask):
         if (left, right, corner) == (self.left, self.right, self.corner):
             return self
         return replace(self, left=left, right=right, corner=corner)
+
+
+def _check_limit(name: str, limit: int | None) -> None:
+    if limit is not None and (isinstance(limit, (bool, float)) or limit < 0):
+        raise InputError(
+            f"Window: {name} counts keys beside the diagonal, so it must be an int >= 0,"
+            f" or None for no limit; got {limit!r}"
+        )
