@@ -299,7 +299,8 @@ def options_of(command: str) -> list[list[str]]:
             if not option.is_flag:
                 choices = getattr(option.type, "choices", None) if option.metavar is None else None
                 values = " " + (option.metavar or ("|".join(choices) if choices else option.type.name.upper()))
-            default = f" Default: {option.default}." if option.show_default else ""
+            usual = option.show_default if isinstance(option.show_default, str) else option.default
+            default = f" Default: {usual}." if option.show_default else ""
             rows.append([f"`{option.opts[0]}{values}`", f"{option.help or ''}{default}".strip()])
     return rows
 

@@ -9,6 +9,7 @@ import torch
 from attn_core import Capabilities, Causal, Kernel, KeyPadding, TensorBias, Unusable, Window, explain_problem, register
 from attn_core.cli import main
 from attn_core.cli.explain import DTYPES, problem_of
+from attn_core.cli.expression import parse
 from click.testing import CliRunner
 from rich.console import Console
 
@@ -78,6 +79,37 @@ def test_flags_pose_the_problem_that_the_call_poses(case, dtype, grad):
     expected = attn_core.explain(query, key, value, bias, **options)
     got = asked(*SHAPE, *flags, "--dtype", dtype, *(["--grad"] if grad else []))
     assert got == expected.problem
+
+
+#: an expression -> shapes of query, key, value where no flag says others
+WRITTEN = {
+    "Window(3, 0) & Segments([5, 9, 4])": [(1, 18, 8, 8)] * 3,
+    "Causal()": [(1, 1024, 8, 8)] * 3,
+    "Neighborhood((4, 5), kernel_size=(4, 5))": [(1, 20, 8, 8)] * 3,
+    "KeyPadding([3, 5, 4])": [(3, 5, 8, 8)] * 3,
+    "KeyPadding([5]) & Causal()": [(1, 5, 8, 8)] * 3,
+    "Causal() + ALiBi(4)": [(1, 1024, 4, 8)] * 3,
+    "ALiBi(4, slopes=random(3, 4)) + Segments([2, 3])": [(3, 5, 4, 8)] * 3,
+    "RelPosTable(random(4, 5, 5, requires_grad=True), (3, 3))": [(1, 9, 4, 8)] * 3,
+    "random(2, 4, 6, 6, requires_grad=True)": [(2, 6, 4, 8)] * 3,
+    "tensor([[True, True], [False, True]])": [(1, 2, 8, 8)] * 3,
+    "BlockMask(tensor([[True, False], [True, True]]), 16)": [(1, 32, 8, 8)] * 3,
+    "Paged([[2, 0], [2, 1]], [3, 4], 2)": [(2, 4, 8, 8), (3, 2, 8, 8), (3, 2, 8, 8)],
+}
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+def test_an_expression_poses_the_problem_of_its_bias(text):
+    query, key, value = (torch.zeros(shape) for shape in WRITTEN[text])
+    expected = attn_core.explain(query, key, value, parse(text))
+    assert asked("--head-dim", "8", "--bias", text) == expected.problem
+
+
+def test_flags_come_before_what_an_expression_tells():
+    query, key = torch.zeros(2, 3, 6, 8), torch.zeros(2, 9, 6, 8)
+    expected = attn_core.explain(query, key, key, parse("KeyPadding([5, 9])"))
+    sizes = ["--seqlen-q", "3", "--seqlen-kv", "9", "--heads", "6", "--batch", "2", "--head-dim", "8"]
+    assert asked(*sizes, "--bias", "KeyPadding([5, 9])") == expected.problem
 
 
 def test_the_choice_is_that_of_the_call():
@@ -161,6 +193,17 @@ USER_ERRORS = {
     "window": (["--window", "2"], "'2' is not LEFT,RIGHT[,CORNER]"),
     "window corner": (["--window", "2,3,left"], "is not LEFT,RIGHT[,CORNER]"),
     "window without corner": (["--window", "2,3", "--seqlen-q", "3"], "top-left"),
+    "an expression": (["--bias", "Casual()"], "Did you mean 'Causal'?"),
+    "an expression of other lengths": (
+        ["--bias", "Segments([5, 9, 4])", "--seqlen", "17"],
+        "have seqlen_q=18 together, got seqlen_q=17",
+    ),
+    "an expression for another batch": (
+        ["--bias", "KeyPadding([3, 5])", "--batch", "3"],
+        "made for batch=2, got batch=3",
+    ),
+    "an expression for other heads": (["--bias", "ALiBi(4)", "--heads", "8"], "made for num_heads=4, got num_heads=8"),
+    "a mask and an expression": (["--window", "2,3", "--bias", "Causal()"], "--window and --bias: one at a time"),
     "two masks": (["--causal", "top-left", "--bias", "bool"], "--causal and --bias: one at a time"),
     "device": (["--device", "gpu0"], "torch knows no device 'gpu0'"),
     "compute capability": (["--device", "cuda", "--compute-capability", "90"], "is not MAJOR.MINOR"),

@@ -10,13 +10,15 @@ from typing import Any
 import click
 import torch
 
-from ..bias import AttnBias, Causal, KeyPadding, TensorBias, Window
+from ..bias import AttnBias, Causal, KeyPadding, Paged, TensorBias, Window
 from ..dispatch import ATTENTION, asked
 from ..door import compute_capability
 from ..explain import Explanation, explain_problem
 from ..problem import Problem
 from ..scope import allow, prefer
 from .console import console, print_json
+from .expression import parse
+from .lengths import told
 
 DTYPES = sorted(
     name
@@ -24,6 +26,9 @@ DTYPES = sorted(
     if isinstance(value, torch.dtype) and value.is_floating_point and str(value) == f"torch.{name}"
 )
 CORNERS = ("top-left", "bottom-right")
+#: A dense tensor, said by what it is; another bias is written as an expression.
+DENSE = ("bool", "float", "float-grad")
+BATCH, SEQLEN, HEADS = 1, 1024, 8
 
 
 def window_flag(ctx: click.Context, param: click.Parameter, value: str | None) -> Window | None:
@@ -47,12 +52,17 @@ def capability_flag(ctx: click.Context, param: click.Parameter, value: str | Non
     return int(match[1]), int(match[2])
 
 
+def bias_flag(ctx: click.Context, param: click.Parameter, value: str | None) -> str | AttnBias | None:
+    """One of DENSE, or an expression."""
+    return value if value is None or value in DENSE else parse(value)
+
+
 @click.command()
-@click.option("--batch", default=1, show_default=True)
-@click.option("--seqlen", default=1024, show_default=True, help="Of queries and keys.")
+@click.option("--batch", type=int, show_default=f"{BATCH}, or that of --bias")
+@click.option("--seqlen", type=int, show_default=f"{SEQLEN}, or that of --bias", help="Of queries and keys.")
 @click.option("--seqlen-q", type=int, help="Of queries, where it differs.")
 @click.option("--seqlen-kv", type=int, help="Of keys and values, where it differs.")
-@click.option("--heads", default=8, show_default=True, help="Of queries.")
+@click.option("--heads", type=int, show_default=f"{HEADS}, or those of --bias", help="Of queries.")
 @click.option("--kv-heads", type=int, help="Of keys and values; default: as many as of queries.")
 @click.option("--head-dim", default=64, show_default=True)
 @click.option("--head-dim-v", type=int, help="Of values; default: the same.")
@@ -77,8 +87,9 @@ def capability_flag(ctx: click.Context, param: click.Parameter, value: str | Non
 @click.option("--key-padding", is_flag=True, help="Each batch entry has keys up to a length of its own.")
 @click.option(
     "--bias",
-    type=click.Choice(["bool", "float", "float-grad"]),
-    help="A dense tensor: a boolean mask, a floating bias, or one that needs a gradient.",
+    metavar="EXPRESSION",
+    callback=bias_flag,
+    help="Any bias, written as for attn show; or a dense tensor: bool, float, or float-grad, which needs a gradient.",
 )
 @click.option("--softcap", type=float, help="Bound of the logits.")
 @click.option("--scale", type=float, help="Of the logits; default: head_dim ** -0.5.")
@@ -101,6 +112,7 @@ def explain(ctx: click.Context, /, as_json: bool, **flags: Any) -> None:
     Examples:
         attn explain --seqlen 4096 --heads 32 --kv-heads 8 --causal top-left
         attn explain --seqlen 100000 --window 256,256 --dtype bfloat16
+        attn explain --bias "Segments([500, 900, 400]) & Causal()" --lse
         attn explain --device cuda --compute-capability 9.0 --dtype float16 --grad
     """
     explanation = explanation_of(**flags)
@@ -126,11 +138,11 @@ def explanation_of(
 
 def problem_of(
     *,
-    batch: int,
-    seqlen: int,
+    batch: int | None,
+    seqlen: int | None,
     seqlen_q: int | None,
     seqlen_kv: int | None,
-    heads: int,
+    heads: int | None,
     kv_heads: int | None,
     head_dim: int,
     head_dim_v: int | None,
@@ -143,12 +155,18 @@ def problem_of(
     lse: bool,
     grad: bool,
     deterministic: bool,
+    bias: str | AttnBias | None,
     **masks: Any,
 ) -> Problem:
     """The problem that the flags describe, checked at the same door as a call: by tensors without data."""
     kind = _device_type(device)
-    seqlen_q = seqlen if seqlen_q is None else seqlen_q
-    seqlen_kv = seqlen if seqlen_kv is None else seqlen_kv
+    of_bias: tuple[int | None, int | None, int, int] = (None, None, 1, 1)
+    if isinstance(bias, AttnBias):
+        of_bias = (*told(bias), *bias.batch_and_heads)
+    seqlen_q = _first(seqlen_q, seqlen, of_bias[0], SEQLEN)
+    seqlen_kv = _first(seqlen_kv, seqlen, of_bias[1], SEQLEN)
+    batch = _first(batch, BATCH if of_bias[2] == 1 else of_bias[2])
+    heads = _first(heads, HEADS if of_bias[3] == 1 else of_bias[3])
     kv_heads = heads if kv_heads is None else kv_heads
     head_dim_v = head_dim if head_dim_v is None else head_dim_v
     sizes = {"--batch": batch, "--seqlen-q": seqlen_q, "--seqlen-kv": seqlen_kv, "--heads": heads}
@@ -160,12 +178,14 @@ def problem_of(
     def operand(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=getattr(torch, dtype), device="meta", requires_grad=grad)
 
+    pages = bias.paged if isinstance(bias, AttnBias) else None
+    rows = (batch, seqlen_kv) if pages is None else (_num_pages(pages), pages.page_size)
     checked = asked(
         ATTENTION,
         operand(batch, seqlen_q, heads, head_dim),
-        operand(batch, seqlen_kv, kv_heads, head_dim),
-        operand(batch, seqlen_kv, kv_heads, head_dim_v),
-        _bias(batch, seqlen_q, seqlen_kv, getattr(torch, dtype), **masks),
+        operand(*rows, kv_heads, head_dim),
+        operand(*rows, kv_heads, head_dim_v),
+        _bias(batch, seqlen_q, seqlen_kv, getattr(torch, dtype), bias=bias, **masks),
         scale,
         softcap,
         dropout,
@@ -188,21 +208,37 @@ def _bias(
     causal: str | None,
     window: Window | None,
     key_padding: bool,
-    bias: str | None,
+    bias: str | AttnBias | None,
 ) -> AttnBias | None:
     given = {"--causal": causal, "--window": window, "--key-padding": key_padding or None, "--bias": bias}
     named = [flag for flag, value in given.items() if value is not None]
     if len(named) > 1:
-        raise click.UsageError(f"{' and '.join(named)}: one at a time; for a combination, say --bias bool")
+        raise click.UsageError(
+            f"{' and '.join(named)}: one at a time; --bias takes combinations, such as 'Causal() & Window(256, 0)'"
+        )
     if causal is not None:
         return Causal(causal)  # type: ignore[arg-type]
     if key_padding:
         return KeyPadding(torch.empty(batch, dtype=torch.int64, device="meta"))
+    if isinstance(bias, AttnBias):
+        # What its values say is looked at now; behind it there is no data, as there is none of the operands.
+        simplest = bias.bind(seqlen_q, seqlen_kv).normalize()
+        return None if simplest is None else simplest.without_data()
     if bias is not None:
         kind = torch.bool if bias == "bool" else dtype
         shape = (1, 1, seqlen_q, seqlen_kv)
         return TensorBias(torch.empty(shape, dtype=kind, device="meta", requires_grad=bias == "float-grad"))
     return window
+
+
+def _first(*given: int | None) -> int:
+    """The first that is given."""
+    return next(value for value in given if value is not None)
+
+
+def _num_pages(pages: Paged) -> int:
+    """As many as the table speaks of."""
+    return max(1, int(pages.page_table.max()) + 1) if pages.page_table.numel() else 1
 
 
 def _device_type(device: str) -> str:

@@ -21,6 +21,12 @@ from ..bias.joint import Joint
 Lengths = tuple["int | None", "int | None"]
 
 
+def told(bias: AttnBias) -> Lengths:
+    """(seqlen_q, seqlen_kv) to take where nobody says others: one that alone is told stands for both."""
+    seqlen_q, seqlen_kv = lengths_of(bias)
+    return seqlen_kv if seqlen_q is None else seqlen_q, seqlen_q if seqlen_kv is None else seqlen_kv
+
+
 @singledispatch
 def lengths_of(bias: AttnBias) -> Lengths:
     """(seqlen_q, seqlen_kv) that the bias was made for, or fits best; None for one that it does not tell."""

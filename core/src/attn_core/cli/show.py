@@ -12,7 +12,7 @@ from ..bias.drawing import cells, draw
 from ..errors import InputError
 from .console import UNLIMITED, console
 from .expression import parse
-from .lengths import lengths_of
+from .lengths import told
 from .picture import MAX_SIDE, Panel, check, write
 
 ROWS, COLUMNS = 64, 128  #: that are printed
@@ -31,11 +31,13 @@ class Asked:
 @click.command()
 @click.argument("expressions", nargs=-1, required=True, metavar="EXPRESSION...")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write a picture, a .png, as well.")
-@click.option("--seqlen", type=click.IntRange(0), help="Of queries and keys; default: what the expression tells.")
-@click.option("--seqlen-q", type=click.IntRange(0), help="Of queries, where it differs.")
-@click.option("--seqlen-kv", type=click.IntRange(0), help="Of keys, where it differs.")
-@click.option("--batch-entry", type=click.IntRange(0), default=0, show_default=True, help="That is drawn.")
-@click.option("--head", type=click.IntRange(0), default=0, show_default=True, help="That is drawn.")
+@click.option(
+    "--seqlen", type=click.IntRange(0), metavar="N", help="Of queries and keys; default: what the expression tells."
+)
+@click.option("--seqlen-q", type=click.IntRange(0), metavar="N", help="Of queries, where it differs.")
+@click.option("--seqlen-kv", type=click.IntRange(0), metavar="N", help="Of keys, where it differs.")
+@click.option("--batch-entry", type=click.IntRange(0), metavar="N", default=0, show_default=True, help="That is drawn.")
+@click.option("--head", type=click.IntRange(0), metavar="N", default=0, show_default=True, help="That is drawn.")
 def show(
     expressions: tuple[str, ...],
     out: Path | None,
@@ -83,13 +85,11 @@ def show(
 
 
 def bound(bias: AttnBias, text: str, asked: Asked) -> AttnBias:
-    """The bias at the lengths of the flags, else at those that it tells; one alone stands for both."""
-    told_q, told_kv = lengths_of(bias)
-    told_q, told_kv = told_kv if told_q is None else told_q, told_q if told_kv is None else told_kv
+    """The bias at the lengths of the flags, else at those that it tells."""
     wanted = []
-    for own, told in ((asked.seqlen_q, told_q), (asked.seqlen_kv, told_kv)):
+    for own, default in zip((asked.seqlen_q, asked.seqlen_kv), told(bias)):
         given = asked.seqlen if own is None else own
-        size = told if given is None else given
+        size = default if given is None else given
         if size is None:
             raise InputError(f"show: {text} does not tell how long the sequence is; say --seqlen N")
         if size > MAX_SEQLEN:
