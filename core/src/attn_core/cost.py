@@ -70,9 +70,10 @@ class Cost:
     call: float  #: fixed, per call
     pair_dim: float = 0.0  #: per (query, key) pair that is visited, and element of head_dim
     pair: float = 0.0  #: per pair that is visited: the softmax
-    token_dim: float = 0.0  #: per token and element of head_dim: reading and writing the operands
+    token_dim: float = 0.0  #: per token, head and element of head_dim: reading and writing the operands
+    token: float = 0.0  #: per query and head: starting a block of rows, whatever the head_dim
     mask: float = 0.0  #: per pair, where a dense bias is read
-    element: float = 0.0  #: per element of a dense bias, whatever the heads: bringing it into the form that is read
+    element: float = 0.0  #: per element of a dense bias of another dtype, whatever the heads: converting it
     part: float = 0.0  #: per part, where the kernel's `work` counts parts
     backward: float = 2.5  #: a backward costs so many times the forward
     with_backward: Cost | None = None  #: the constants of forward and backward together, in place of such a factor
@@ -112,6 +113,7 @@ def quantities(
         "pair_dim": visited.times(dim),
         "pair": visited,
         "token_dim": Terms(queries=problem.num_heads * dim, keys=problem.num_kv_heads * dim),
+        "token": Terms(queries=float(problem.num_heads)),
         "mask": visited if dense_bias else Terms(),
         "element": _elements(problem) if dense_bias else Terms(),
         "part": Terms() if work is None else Terms(call=work.parts),
@@ -128,10 +130,10 @@ def _as_share(problem: Problem, pairs: float) -> Terms:
 
 
 def _elements(problem: Problem) -> Terms:
-    """The elements of the tensors that the bias is."""
+    """The elements of the tensors that the bias is, where they are not of the operands' dtype."""
     found = Terms()
     for part in () if problem.bias is None else problem.bias.scores:
-        if isinstance(part, TensorBias):
+        if isinstance(part, TensorBias) and part.tensor.dtype is not problem.dtype:
             batch, heads, rows, columns = (1,) * (4 - part.tensor.ndim) + tuple(part.tensor.shape)
             if rows == problem.seqlen_q and columns == problem.seqlen_kv:  # else broadcast, and hardly any
                 found = found.plus(Terms(dense=float(heads)) if batch == 1 else Terms(pairs=float(heads)))

@@ -1,0 +1,324 @@
+"""Calibration: measures the kernels of this machine on small problems, and fits their constants to what they took.
+
+Times are disturbed upwards alone, by whoever else is on the machine, so the least of several counts. The problems of a
+kernel take turns: what slows the machine for a while then meets all of them.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import isqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bias import AttnBias, Causal, Neighborhood, Segments, Window, as_bias
+from .cost import Cost
+from .costs_file import Calibration, device_name
+from .door import HEADS_FIRST, examine
+from .errors import InputError
+from .kernel import Kernel
+from .least_squares import relative_least_squares
+from .plan import plan
+from .problem import Problem
+from .rates import Rates, Written
+from .registry import registry
+
+SEED = 20261121
+#: Problems per kernel and direction, and what the longest may take by the estimate that is there so far.
+PROBLEMS, LONGEST = 24, 80e-3
+#: Seconds for one kernel; and how often a problem is measured at least.
+BUDGET, ROUNDS = 12.0, 3
+#: What one figure is taken over, where a call takes less: a clock has limits.
+LEAST = 200e-6
+
+LENGTHS = (16, 32, 64, 96, 144, 256, 400, 576, 784, 1024, 1600, 2304, 3136, 4096)
+SHAPES = ((1, 4, 64), (1, 8, 32), (2, 2, 64), (1, 16, 16), (1, 2, 128), (4, 4, 32), (1, 6, 64), (1, 1, 64), (2, 8, 16))
+
+#: Every kind of bias that is measured, by a name: made for a length, by a generator.
+KINDS: dict[str, Callable[[int, random.Random], AttnBias | Tensor | None]] = {
+    "none": lambda seqlen, chance: None,
+    "causal": lambda seqlen, chance: Causal("top-left"),
+    "window": lambda seqlen, chance: Window(
+        chance.randrange(1, max(2, seqlen // 3)), chance.choice((0, chance.randrange(1, max(2, seqlen // 3))))
+    ),
+    "boolean mask": lambda seqlen, chance: torch.rand(seqlen, seqlen) < 0.7,
+    "additive mask": lambda seqlen, chance: torch.randn(seqlen, seqlen),
+    "neighborhood": lambda seqlen, chance: _neighborhood(seqlen, chance),
+    "segments": lambda seqlen, chance: Segments(
+        _documents(seqlen, chance), within=chance.choice((None, Causal("top-left")))
+    ),
+}
+
+
+def _neighborhood(seqlen: int, chance: random.Random) -> Neighborhood | None:
+    side = isqrt(seqlen)
+    sizes = [size for size in (3, 5, 7, 9, 13) if size <= side]
+    return (
+        Neighborhood((side, seqlen // side), kernel_size=chance.choice(sizes)) if side**2 == seqlen and sizes else None
+    )
+
+
+def _documents(seqlen: int, chance: random.Random) -> list[int]:
+    count = chance.randrange(1, max(2, seqlen // 12))
+    cuts = sorted(chance.sample(range(1, seqlen), min(count, seqlen - 1)))
+    return [end - start for start, end in zip([0, *cuts], [*cuts, seqlen])]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One problem to be measured, with its operands: heads-first, float32, on the CPU."""
+
+    kind: str
+    operands: tuple[Tensor, Tensor, Tensor]
+    bias: AttnBias | None
+    problem: Problem
+
+    def prepared(self, kernel: str) -> Callable[[], object]:
+        """A function that runs it once by this kernel: the forward, or both where a gradient is needed."""
+        run = plan(*self.operands, self.bias, layout="heads-first", kernel=kernel, unchecked=True)
+        operands, bias = self.operands, self.bias
+        if not self.problem.requires_grad:
+            return lambda: run(*operands, bias)
+        grad_out = torch.randn(operands[0].shape)
+        return lambda: torch.autograd.grad(run(*operands, bias), operands, grad_out)
+
+
+def case(
+    kind: str, bias: AttnBias | Tensor | None, batch: int, seqlen: int, num_heads: int, head_dim: int, *, grad: bool
+) -> Case:
+    """Self-attention of this size, with random operands."""
+    shape = (batch, num_heads, seqlen, head_dim)
+    query, key, value = (torch.randn(shape, requires_grad=grad) for _ in range(3))
+    given = as_bias(bias)
+    problem, _ = examine(query, key, value, given, None, None, 0.0, False, HEADS_FIRST)
+    return Case(kind=kind, operands=(query, key, value), bias=given, problem=problem)
+
+
+def cases_for(kernel: Kernel, *, grad: bool, count: int = PROBLEMS, longest: float = LONGEST) -> list[Case]:
+    """Problems that the kernel takes as they are, of every kind, short and long; [] where it takes none."""
+    chance = random.Random(f"{SEED} {grad}")
+    generator = torch.random.get_rng_state()
+    torch.manual_seed(SEED)
+    try:
+        taken = [kind for kind in KINDS if _first(kernel, kind, grad)]
+        found: list[Case] = []
+        if not taken:
+            return []
+        for number in range(count):
+            kind = taken[number % len(taken)]
+            # Each kind gets every part of the range of lengths.
+            place = (number // len(taken) + chance.random()) / (count / len(taken))
+            batch, num_heads, head_dim = chance.choice(SHAPES)
+            for seqlen in reversed(LENGTHS[: 1 + int(place * (len(LENGTHS) - 1) + 0.5)]):
+                bias = KINDS[kind](seqlen, chance)
+                if bias is None and kind != "none":
+                    continue
+                each = case(kind, bias, batch, seqlen, num_heads, head_dim, grad=grad)
+                if not kernel.refusals(each.problem) and kernel.terms(each.problem).seconds(each.problem) <= longest:
+                    found.append(each)
+                    break
+        return found
+    finally:
+        torch.random.set_rng_state(generator)
+
+
+def _first(kernel: Kernel, kind: str, grad: bool) -> bool:
+    """Whether the kernel takes such a bias at all, as it is."""
+    seqlen = 64
+    bias = KINDS[kind](seqlen, random.Random(SEED))
+    return not kernel.refusals(case(kind, bias, 1, seqlen, 2, 32, grad=grad).problem)
+
+
+def least_times(calls: Sequence[Callable[[], object]], budget: float, rounds: int = ROUNDS) -> list[float]:
+    """Seconds of each call, the least of those measured: `rounds` at least, and more while the budget lasts."""
+    least, repeats = [], []
+    start = time.perf_counter()
+    for call in calls:
+        call()  # tables, caches
+        taken = _timed(call, 1)
+        least.append(taken)
+        repeats.append(max(1, min(50, round(LEAST / max(taken, 1e-9)))))
+    order = list(range(len(calls)))
+    chance = random.Random(SEED)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        done = 0
+        while done < rounds or time.perf_counter() - start < budget:
+            chance.shuffle(order)
+            for place in order:
+                least[place] = min(least[place], _timed(calls[place], repeats[place]))
+            done += 1
+    finally:
+        if collecting:
+            gc.enable()
+    return least
+
+
+def _timed(call: Callable[[], object], times: int) -> float:
+    start = time.perf_counter()
+    for _ in range(times):
+        call()
+    return (time.perf_counter() - start) / times
+
+
+#: Constants of a Cost that are solved for.
+CONSTANTS = ("call", "pair_dim", "pair", "token_dim", "token", "mask", "element", "part")
+
+
+def fit_cost(kernel: Kernel, measured: Sequence[tuple[Problem, float]], *, threads: int, source: str) -> Cost:
+    """The kernel's constants by these times; those that no problem tells of stay as they are."""
+    forward = [(problem, taken) for problem, taken in measured if not problem.needs_backward]
+    both = [(problem, taken) for problem, taken in measured if problem.needs_backward]
+    old = kernel.cost("cpu")
+    found = _fitted(kernel, forward, old)
+    nested = old.with_backward
+    if both:
+        nested = _fitted(kernel, both, nested or Cost(call=0.0))
+        nested = replace(nested, backward=0.0, with_backward=None, threads=threads, source=source)
+    return replace(found, with_backward=nested, threads=threads, source=source)
+
+
+def _fitted(kernel: Kernel, measured: Sequence[tuple[Problem, float]], old: Cost) -> Cost:
+    if not measured:
+        return old
+    rows = [kernel.quantities(problem) for problem, _ in measured]
+    told = [name for name in CONSTANTS if any(row[name] for row in rows)]
+    quantities = torch.tensor([[row[name] for name in told] for row in rows], dtype=torch.float64)
+    seconds = torch.tensor([taken for _, taken in measured], dtype=torch.float64)
+    constants = relative_least_squares(quantities, seconds).tolist()
+    values: dict[str, Any] = {name: float(f"{value:.3g}") for name, value in zip(told, constants)}
+    return replace(old, **values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """What was measured of one kernel, and what became of its constants."""
+
+    kernel: str
+    before: Cost
+    after: Cost
+    problems: int
+    error_before: tuple[float, float]  #: half, and nine tenths, of the estimates are off by at most this share
+    error_after: tuple[float, float]
+
+
+def calibrate_kernel(kernel: Kernel, budget: float = BUDGET) -> Fit | None:
+    """Measures and fits one kernel on the CPU; None where it takes none of the problems there."""
+    cases = [each for grad in (False, True) for each in cases_for(kernel, grad=grad)]
+    if not cases:
+        return None
+    taken = least_times([each.prepared(kernel.name) for each in cases], budget)
+    measured = [(each.problem, seconds) for each, seconds in zip(cases, taken)]
+    threads = torch.get_num_threads()
+    source = Calibration(device="cpu", name=device_name(), torch=torch.__version__, threads=threads).source
+    cost = fit_cost(kernel, measured, threads=threads, source=source)
+    after = replace(kernel, costs={**kernel.costs, "cpu": cost})
+    return Fit(
+        kernel=kernel.name,
+        before=kernel.cost("cpu"),
+        after=cost,
+        problems=len(cases),
+        error_before=errors_of(kernel, measured),
+        error_after=errors_of(after, measured),
+    )
+
+
+def errors_of(kernel: Kernel, measured: Sequence[tuple[Problem, float]]) -> tuple[float, float]:
+    """By which share of the time half, and nine tenths, of the estimates are off at most."""
+    off = sorted(abs(kernel.terms(problem).seconds(problem) / taken - 1) for problem, taken in measured)
+    return off[(len(off) - 1) // 2], off[int(0.9 * (len(off) - 1))]
+
+
+#: Kinds whose writing-out is measured, each by a bias for a length.
+WRITTEN: dict[str, Callable[[int], AttnBias]] = {
+    "Causal": lambda seqlen: Causal("top-left"),
+    "Window": lambda seqlen: Window(seqlen // 8, seqlen // 8),
+    "Neighborhood": lambda seqlen: Neighborhood((isqrt(seqlen), isqrt(seqlen)), kernel_size=3),
+    "Segments": lambda seqlen: Segments([seqlen // 4] * 4),
+}
+LENGTHS_WRITTEN = (16, 64, 144, 400, 784, 1296, 2304)
+
+
+def calibrate_rates(budget: float = BUDGET) -> Rates:
+    """Measures what adaptations take on the CPU."""
+    threads = torch.get_num_threads()
+    grid = [(kind, seqlen) for kind in WRITTEN for seqlen in LENGTHS_WRITTEN]
+    biases = [WRITTEN[kind](seqlen).bind(seqlen, seqlen) for kind, seqlen in grid]
+    copied = [torch.randn(1, 4, seqlen, 64) for seqlen in (16, 64, 256, 1024, 4096)]
+    calls: list[Callable[[], object]] = [partial(bias.dense, "cpu", torch.float32) for bias in biases]
+    calls += [partial(_copy_twice, x) for x in copied]
+    taken = least_times(calls, budget)
+    written: dict[str, Written] = {}
+    for kind in WRITTEN:
+        some = [(bias, seconds) for bias, seconds, (name, _) in zip(biases, taken, grid) if name == kind]
+        axes = len(getattr(some[0][0], "axes", (None,)))
+        call, element = _line([(_size(bias) * axes, seconds) for bias, seconds in some])
+        written[kind] = Written(call=call / axes, element=element)
+    # A kind that is not measured is taken for one like these.
+    written["*"] = Written(
+        call=float(f"{sum(rate.call for rate in written.values()) / len(written):.3g}"),
+        element=float(f"{sum(rate.element for rate in written.values()) / len(written):.3g}"),
+    )
+    call, copy = _line([(4.0 * x.numel(), seconds) for x, seconds in zip(copied, taken[len(grid) :])])
+    source = Calibration(device="cpu", name=device_name(), torch=torch.__version__, threads=threads).source
+    return Rates(call=call, copy=copy, written=written, threads=threads, source=source)
+
+
+def _copy_twice(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """As expand_kv does to key and value."""
+    return tensor.repeat_interleave(2, 1), tensor.repeat_interleave(2, 1)
+
+
+def _size(bias: AttnBias) -> float:
+    seqlen_q, seqlen_kv = bias.bound_lengths()
+    return float(seqlen_q * seqlen_kv)
+
+
+def _line(measured: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """(fixed, per element) seconds."""
+    quantities = torch.tensor([[1.0, elements] for elements, _ in measured], dtype=torch.float64)
+    seconds = torch.tensor([taken for _, taken in measured], dtype=torch.float64)
+    call, element = relative_least_squares(quantities, seconds).tolist()
+    return float(f"{call:.3g}"), float(f"{element:.3g}")
+
+
+def kernels_to_measure(pattern: str = "*") -> list[Kernel]:
+    """The kernels of that pattern that can run here on the CPU. Raises InputError where there are none."""
+    found = [
+        kernel
+        for kernel in registry.kernels(pattern)
+        if registry.condition(kernel).state in ("ready", "failed")
+        and any({"cpu", "*"} & set(each.devices) for each in kernel.declarations)
+    ]
+    if not found:
+        raise InputError(f"no kernel that matches {pattern!r} can run on this machine's CPU; `attn kernels` lists all")
+    return found
+
+
+def calibrate(pattern: str = "*", budget: float = BUDGET) -> Iterator[Fit | Rates]:
+    """Measures one kernel after the other, and at last the adaptations; yields each as it is done."""
+    for kernel in kernels_to_measure(pattern):
+        fit = calibrate_kernel(kernel, budget)
+        if fit is not None:
+            yield fit
+    yield calibrate_rates(budget / 2)
+
+
+def gathered(found: Sequence[Fit | Rates]) -> Calibration:
+    """What was measured, as it is kept."""
+    return Calibration(
+        device="cpu",
+        name=device_name(),
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+        costs={each.kernel: each.after for each in found if isinstance(each, Fit)},
+        rates=next((each for each in found if isinstance(each, Rates)), None),
+    )
