@@ -6,17 +6,15 @@ one, in `test_torch_kernels.py`.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
-from attn_core import Problem, TensorBias, attention, explain
-from attn_core.testing.budget import compare
-from attn_core.testing.differences import by_kernel, by_naive, by_reference, differences
-from attn_core.testing.naive import terms_of
-from attn_core.testing.problems import Inputs, build
+from attn_core import Problem, TensorBias, explain
+from attn_core.conformance.numbers import assert_dropout_is_honoured
+from attn_core.testing.differences import by_kernel, differences
+from attn_core.testing.problems import build
 from attn_core.testing.strategies import layouts, problems
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
@@ -120,31 +118,6 @@ def agree_on(problem: Problem, layout: str, numbers: int, empty_rows: bool, magn
         wrong = [str(result) for result in results if not result]
         assert not wrong, "\n".join([f"{name} on {problem}, layout {layout}:", *wrong])
         compared[name] += len(results)
-
-
-def assert_dropout_is_honoured(name: str, inputs: Inputs) -> None:
-    """A weight is dropped, or kept and divided by 1 - p; which ones differs between kernels, this does not."""
-    options = {**inputs.options, "return_lse": False}
-    p = options.pop("dropout_p")
-    seqlen_kv = inputs.key.shape[1]
-    if not inputs.query.numel() or not seqlen_kv:
-        return
-    columns = torch.eye(seqlen_kv, dtype=inputs.query.dtype)  # as value: then out is the weights themselves
-    value = columns[None, :, None, :].expand(*inputs.key.shape[:3], seqlen_kv)
-    with torch.no_grad():
-        if explain(inputs.query, inputs.key, value, inputs.bias, dropout_p=p, **options)[name].seconds is None:
-            return
-        got = attention(inputs.query, inputs.key, value, inputs.bias, dropout_p=p, kernel=name, **options)
-        whole = replace(inputs, value=value, grad_out=torch.zeros_like(got), grad_lse=None)
-        scaling = {option: options[option] for option in ("scale", "softcap") if option in options}
-        terms = terms_of(whole.query, whole.key, value, whole.bias, whole.grad_out, None, **scaling)
-        weights, naive = by_reference(whole)[0], by_naive(whole)[0].double()
-    kept = (got != 0).double() / (1 - p)
-    found = compare("weights", got, weights * kept, naive * kept, got.dtype, terms=terms.out / (1 - p))
-    assert found, f"{name}: {found}"
-    weighty = weights > 1e-4  # one that underflows is 0 without being dropped
-    number, dropped = int(weighty.sum()), int((weighty & (got == 0)).sum())
-    assert abs(dropped - p * number) <= 5 * math.sqrt(p * (1 - p) * number) + 1, f"{name}: {dropped} of {number}"
 
 
 def test_every_accepting_kernel_agrees_with_the_reference(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,288 @@
+"""Problems derived from what a kernel declares: for each thing that it claims, the ends and the odd ones between.
+
+A claim makes the problems by which it is judged, so whoever declares more is tested on more, and nothing has to be
+listed by the kernel's author.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from ..bias import (
+    ALiBi,
+    AttnBias,
+    Causal,
+    Intersection,
+    KeyPadding,
+    Mask,
+    Neighborhood,
+    RelPosTable,
+    Score,
+    Segments,
+    Sum,
+    TensorBias,
+    Window,
+)
+from ..capabilities import Backward, BiasKind, Capabilities
+from ..door import compute_capability
+from ..kernel import Kernel
+from ..problem import Problem
+from ..testing.problems import LAYOUTS, Inputs, Layout, build
+
+#: Sizes of the last dimension that kernels distinguish; larger ones take long and find nothing new.
+DIMS = (1, 2, 3, 8, 15, 16, 24, 32, 40, 48, 64, 65, 72, 80, 96, 112, 128, 130, 160, 192, 200, 224, 256, 257, 512)
+LARGEST_DIM = 512
+#: In this order the dtype and size of problems that are about something else are picked.
+FIRST_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FIRST_DIMS = (32, 64, 16, 128, 8)
+BATCH, HEADS, SEQLEN, SEQLEN_KV = 2, 6, 33, 47
+#: One more than fits the 16 bits that a grid of blocks has on its second and third axis.
+MANY_ROWS = (1 << 16) + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A problem, and how its operands are made."""
+
+    label: str
+    problem: Problem
+    proves: str = ""  #: the claim that it exercises
+    layout: Layout = "contiguous"
+    magnitude: float = 1.0
+    empty_rows: bool = False
+    bias: AttnBias | None = field(default=None, compare=False)  #: with data, where that cannot be drawn
+
+    def inputs(self, seed: int) -> Inputs:
+        return build(
+            self.problem,
+            seed=seed,
+            layout=self.layout,
+            magnitude=self.magnitude,
+            empty_rows=self.empty_rows,
+            bias=self.bias,
+        )
+
+
+def base_problem(capabilities: Capabilities, device: str) -> Problem:
+    """A plain problem that the declaration covers; every case changes it in one way."""
+    dtype = next((each for each in FIRST_DTYPES if each in capabilities.dtypes), next(iter(capabilities.dtypes)))
+    dim = next((each for each in FIRST_DIMS if each in capabilities.head_dims), min(capabilities.head_dims))
+    return Problem(
+        batch=BATCH,
+        seqlen_q=SEQLEN,
+        seqlen_kv=SEQLEN,
+        num_heads=HEADS,
+        num_kv_heads=HEADS,
+        head_dim=dim,
+        head_dim_v=dim,
+        dtype=dtype,
+        device=device,
+        compute_capability=compute_capability(None) if device == "cuda" else None,
+        scale=dim**-0.5,
+    )
+
+
+def claimed_cases(kernel: Kernel, device: str) -> list[Case]:
+    """Every case that the declaration covers; the kernel's own limits (`refuse`) may take some out again."""
+    found: list[Case] = []
+    for capabilities in kernel.declarations:
+        if device not in capabilities.devices and "*" not in capabilities.devices:
+            continue
+        if not capabilities.fits_compute_capability(base_problem(capabilities, device)):
+            continue
+        for case in _variations(capabilities, base_problem(capabilities, device)):
+            trained = _trained(capabilities, case)
+            if not capabilities.refusals(trained.problem):
+                found.append(trained)
+            elif not capabilities.refusals(case.problem):
+                found.append(case)
+    labels = [case.label for case in found]
+    return [case for i, case in enumerate(found) if case.label not in labels[:i]]
+
+
+def _trained(capabilities: Capabilities, case: Case) -> Case:
+    """The same case with a backward."""
+    if not isinstance(capabilities.backward, Backward):
+        return case
+    bias = case.problem.bias
+    held = bias is not None and bias.requires_grad
+    return replace(case, problem=replace(case.problem, requires_grad=True, bias_requires_grad=held))
+
+
+def _variations(capabilities: Capabilities, base: Problem) -> Iterator[Case]:
+    for dtype in sorted(capabilities.dtypes, key=str):
+        name = str(dtype).removeprefix("torch.")
+        yield Case(label=f"dtype {name}", proves=f"dtypes: {name}", problem=replace(base, dtype=dtype))
+    yield from _dims(capabilities, base)
+    yield from _lengths(capabilities, base)
+    for layout in LAYOUTS:
+        yield Case(label=f"layout {layout}", problem=base, layout=layout)
+    for magnitude in (0.05, 8.0):
+        yield Case(label=f"logits times {magnitude**2:g}", problem=base, magnitude=magnitude)
+    for scale in (1.0, 0.03):
+        yield Case(label=f"scale {scale:g}", problem=replace(base, scale=scale))
+    for scale in (0.0, -0.2):  # legal, and where masks are added before the scale, wrong
+        yield Case(label=f"scale {scale:g}", problem=replace(base, scale=scale))
+    yield from _biases(capabilities, base)
+    yield from _options(capabilities, base)
+
+
+def _dims(capabilities: Capabilities, base: Problem) -> Iterator[Case]:
+    for dim in sizes_of(capabilities.head_dims):
+        problem = replace(base, head_dim=dim, head_dim_v=dim, scale=dim**-0.5)
+        yield Case(label=f"head_dim {dim}", proves=f"head_dims: {dim}", problem=problem)
+    if capabilities.head_dims_v is None:
+        return
+    for dim in sizes_of(capabilities.head_dims_v):
+        if dim != base.head_dim:
+            yield Case(label=f"head_dim_v {dim}", proves=f"head_dims_v: {dim}", problem=replace(base, head_dim_v=dim))
+
+
+def sizes_of(sizes: Collection[int]) -> list[int]:
+    """Those of a declared range or set that are worth a problem: its ends, its step, and what tiles are made of."""
+    ends: set[int] = set()
+    if isinstance(sizes, range):
+        ends = {sizes[0], sizes[min(1, len(sizes) - 1)], sizes[-1]}
+        ends |= {sizes[(LARGEST_DIM - sizes.start) // sizes.step]} if LARGEST_DIM in sizes else set()
+    else:
+        ends = {min(sizes), max(sizes)}
+    return sorted(size for size in ends | set(DIMS) if size in sizes and size <= LARGEST_DIM)
+
+
+def _lengths(capabilities: Capabilities, base: Problem) -> Iterator[Case]:
+    def case(seqlen_q: int, seqlen_kv: int, **changes: Any) -> Case:
+        label = "-".join(f"{name} {value}" for name, value in changes.items())
+        problem = replace(base, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv, **changes)
+        return Case(label=f"lengths {seqlen_q} x {seqlen_kv}{f', {label}' if label else ''}", problem=problem)
+
+    for lengths in ((1, 1), (1, 77), (77, 1), (2, 3), (31, 64), (64, 31), (128, 128), (129, 257), (300, 40)):
+        yield case(*lengths)
+    yield case(SEQLEN, SEQLEN, batch=1)
+    yield case(SEQLEN, SEQLEN, num_heads=1, num_kv_heads=1)
+    few = {"batch": 1, "num_heads": 1, "num_kv_heads": 1}
+    yield case(MANY_ROWS, 3, **few)
+    yield case(1, 2, **(few | {"batch": MANY_ROWS}))
+    if capabilities.empty_lengths:
+        for name in ("batch", "seqlen_q", "seqlen_kv"):
+            yield Case(label=f"empty {name}", proves="empty_lengths", problem=changed(base, name, 0))
+
+
+def changed(problem: Problem, field: str, value: Any) -> Problem:
+    """The problem with another value of one field."""
+    changes: dict[str, Any] = {field: value}
+    return replace(problem, **changes)
+
+
+def _biases(capabilities: Capabilities, base: Problem) -> Iterator[Case]:
+    trains = isinstance(capabilities.backward, Backward) and capabilities.backward.bias_grad
+    for declared in sorted(capabilities.biases, key=str):
+        name = declared.__name__ if isinstance(declared, type) else repr(declared)
+        for seqlen_q, seqlen_kv in ((SEQLEN, SEQLEN), (SEQLEN, SEQLEN_KV), (SEQLEN_KV, SEQLEN)):
+            problem = replace(base, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv)
+            for bias in examples(declared, problem, trains):
+                bound = bias.bind(seqlen_q, seqlen_kv).normalize()
+                if bound is None:
+                    continue
+                yield Case(
+                    label=f"bias {bias!r} on {seqlen_q} x {seqlen_kv}",
+                    proves=f"biases: {name}",
+                    problem=replace(problem, bias=bound.without_data()),
+                    empty_rows=True,
+                    bias=None if bound.holds_data else bound,
+                )
+
+
+def examples(declared: BiasKind, problem: Problem, trains: bool) -> Iterator[AttnBias]:
+    """Biases of a declared kind that are legal at these lengths, unbound; tensors are on the meta device, to be filled.
+
+    A kind of a stranger's own is exercised by what its class method `examples(problem)` yields, where it has one.
+    """
+    own = getattr(declared, "examples", None)
+    if own is not None:
+        yield from own(problem)
+    if not isinstance(declared, type):
+        yield declared
+        return
+    seqlen_q, seqlen_kv, heads = problem.seqlen_q, problem.seqlen_kv, problem.num_heads
+    equal = seqlen_q == seqlen_kv
+    corners = ("top-left", "bottom-right")
+    if declared in (Causal, Mask, AttnBias):
+        yield from (Causal(corner) for corner in corners)  # type: ignore[arg-type]
+    if declared in (Window, Mask, AttnBias):
+        for corner in corners:
+            for left, right in ((5, 0), (0, 5), (3, 2), (0, 0), (None, 4), (64, 64)):
+                yield Window(left, right, corner)  # type: ignore[arg-type]
+    if declared in (Neighborhood, Mask, AttnBias) and equal:
+        yield Neighborhood(seqlen_q, kernel_size=7)
+        yield Neighborhood((3, seqlen_q // 3), kernel_size=(2, 3), dilation=(1, 2), stride=(2, 1))
+        yield Neighborhood((3, seqlen_q // 3), kernel_size=3, is_causal=(True, False))
+    if declared in (Segments, Mask, AttnBias):
+        first = min(seqlen_q, seqlen_kv) // 3
+        of_q, of_kv = [first, 1, seqlen_q - first - 1], [first, 1, seqlen_kv - first - 1]
+        yield Segments(of_q, of_kv)
+        yield Segments(of_q, of_kv, within=Causal("bottom-right"))
+    if declared in (Intersection, Mask, AttnBias):
+        yield Causal("bottom-right") & Window(8, 3, "top-left")
+    if declared is Intersection:
+        yield KeyPadding(torch.empty(problem.batch, dtype=torch.int64, device="meta")) & Causal("top-left")
+    if declared is KeyPadding:
+        yield KeyPadding(torch.empty(problem.batch, dtype=torch.int64, device="meta"))
+        yield KeyPadding(torch.empty(problem.batch, dtype=torch.int32, device="meta"))
+    if declared is TensorBias:
+        yield from _tensors(problem, trains)
+    if declared in (ALiBi, Score, AttnBias):
+        yield ALiBi(heads, corner="bottom-right")
+        yield ALiBi(heads, torch.empty(heads, device="meta", requires_grad=trains), "top-left")
+    if declared in (RelPosTable, Score, AttnBias) and equal:
+        yield RelPosTable(torch.empty(heads, 9, device="meta", requires_grad=trains), seqlen_q)
+    if declared is Sum:
+        yield Causal("top-left") + ALiBi(heads, corner="top-left")
+        yield Window(6, 2, "bottom-right") + TensorBias(torch.empty(seqlen_q, seqlen_kv, device="meta"))
+
+
+def _tensors(problem: Problem, trains: bool) -> Iterator[TensorBias]:
+    full = (problem.batch, problem.num_heads, problem.seqlen_q, problem.seqlen_kv)
+    shapes = (full, (1, *full[1:]), (full[0], 1, *full[2:]), full[2:], (full[0], 1, 1, full[3]), (full[2], 1))
+    for shape in shapes:
+        yield TensorBias(torch.empty(shape, dtype=torch.bool, device="meta"))
+        yield TensorBias(torch.empty(shape, dtype=problem.dtype, device="meta", requires_grad=trains))
+    if problem.dtype is not torch.float32:
+        yield TensorBias(torch.empty(full, dtype=torch.float32, device="meta"))
+
+
+def _options(capabilities: Capabilities, base: Problem) -> Iterator[Case]:
+    if capabilities.gqa:
+        for heads, kv_heads in ((6, 3), (6, 2), (6, 1), (8, 2)):
+            problem = replace(base, num_heads=heads, num_kv_heads=kv_heads)
+            yield Case(label=f"heads {heads}:{kv_heads}", proves="gqa", problem=problem)
+    if capabilities.softcap:
+        for softcap in (0.5, 30.0):
+            problem = replace(base, softcap=softcap)
+            yield Case(label=f"softcap {softcap:g}", proves="softcap", problem=problem, magnitude=3.0)
+            for bias in _one_bias_each(capabilities, problem):
+                both = replace(problem, bias=bias)
+                label = f"softcap {softcap:g}, {bias!r}"
+                yield Case(label=label, proves="softcap", problem=both, magnitude=3.0, bias=_plain(bias))
+    if capabilities.return_lse:
+        problem = replace(base, return_lse=True)
+        yield Case(label="lse", proves="return_lse", problem=problem)
+        yield Case(label="lse of large logits", proves="return_lse", problem=problem, magnitude=8.0)
+        for bias in _one_bias_each(capabilities, problem):
+            both = replace(problem, bias=bias)
+            yield Case(label=f"lse, {bias!r}", proves="return_lse", problem=both, empty_rows=True, bias=_plain(bias))
+    if capabilities.strided_head_dim:
+        yield Case(label="strided", proves="strided_head_dim", problem=replace(base, strided_head_dim=True))
+
+
+def _one_bias_each(capabilities: Capabilities, problem: Problem) -> Iterator[AttnBias]:
+    for declared in sorted(capabilities.biases, key=str):
+        bound = [bias.bind(SEQLEN, SEQLEN).normalize() for bias in examples(declared, problem, False)]
+        yield from [bias.without_data() for bias in bound if bias is not None][:2]
+
+
+def _plain(bias: AttnBias) -> AttnBias | None:
+    return None if bias.holds_data else bias

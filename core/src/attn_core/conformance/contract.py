@@ -1,0 +1,267 @@
+"""Does it keep to the contract? What holds for every kernel, whatever its numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..testing.differences import by_reference, results_of, trained
+from ..testing.problems import Inputs
+from .cases import BATCH, Case
+from .checks import a_few, check, once
+from .results import CheckFailed, NotTestable
+from .subject import SEED, Subject, deterministic
+
+NAN = float("nan")
+
+
+def _operands(inputs: Inputs) -> dict[str, Tensor]:
+    held = {} if inputs.bias is None else inputs.bias.held()
+    named = {"query": inputs.query, "key": inputs.key, "value": inputs.value, "grad_out": inputs.grad_out}
+    return named | {f"bias.{name}": tensor for name, tensor in held.items()}
+
+
+@check("contract", a_few)
+def leaves_its_operands_alone(subject: Subject, case: Case) -> None:
+    """Operands, bias and incoming gradient hold the same numbers afterwards."""
+    subject.must_take(case)
+    inputs = case.inputs(SEED)
+    before = {name: tensor.detach().clone() for name, tensor in _operands(inputs).items()}
+    results_of(subject.call, case.problem, inputs)
+    changed = [name for name, tensor in _operands(inputs).items() if not _same(tensor, before[name])]
+    if changed:
+        raise CheckFailed(f"it wrote into {', '.join(changed)}")
+
+
+@check("contract", a_few, ("return_lse",))
+def returns_what_was_asked_for(subject: Subject, case: Case) -> None:
+    """Shape, dtype and device of out and LSE are those of the contract, and so are those of the gradients."""
+    subject.must_take(case)
+    problem = case.problem
+    if subject.declared.return_lse and subject.takes(replace(problem, return_lse=True)):
+        problem = replace(problem, return_lse=True)
+    inputs = replace(case, problem=problem).inputs(SEED)
+    p, wide = problem, torch.float64 if problem.dtype is torch.float64 else torch.float32
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "out": ((p.batch, p.seqlen_q, p.num_heads, p.head_dim_v), p.dtype),
+        "lse": ((p.batch, p.num_heads, p.seqlen_q), wide),
+        "dq": (tuple(inputs.query.shape), p.dtype),
+        "dk": (tuple(inputs.key.shape), p.dtype),
+        "dv": (tuple(inputs.value.shape), p.dtype),
+    }
+    expected |= {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in trained(inputs.bias).items()}
+    results = results_of(subject.call, problem, inputs)
+    if problem.return_lse and "lse" not in results:
+        raise CheckFailed("it was asked for the LSE and returned none")
+    for name, tensor in results.items():
+        shape, dtype = expected[name]
+        if (tuple(tensor.shape), tensor.dtype, tensor.device.type) != (shape, dtype, subject.device):
+            got = f"{list(tensor.shape)} {tensor.dtype} on {tensor.device.type}"
+            raise CheckFailed(f"{name} must be {list(shape)} {dtype} on {subject.device}, got {got}")
+
+
+@check("contract", a_few)
+def reads_only_its_operands(subject: Subject, case: Case) -> None:
+    """Operands that are cut out of storage full of NaN give the same result: nothing around them is read."""
+    subject.must_take(case)
+    inputs = case.inputs(SEED)
+    cut = replace(inputs, query=_cut_out(inputs.query), key=_cut_out(inputs.key), value=_cut_out(inputs.value))
+    wanted, got = (results_of(subject.call, case.problem, each) for each in (inputs, cut))
+    for name, tensor in got.items():
+        if bool(tensor.isnan().any()) and not bool(wanted[name].isnan().any()):
+            raise CheckFailed(f"{name} is NaN where operands lie in storage full of NaN: it reads beside them")
+        if not torch.allclose(tensor.double(), wanted[name].double(), rtol=1e-2, atol=1e-2, equal_nan=True):
+            raise CheckFailed(f"{name} differs where operands are slices of a wider storage: it mistakes their strides")
+
+
+def _cut_out(tensor: Tensor) -> Tensor:
+    """The same numbers within a storage of NaN, as wide again in every dimension but the last."""
+    batch, seqlen, heads, dim = tensor.shape
+    storage = torch.full((batch, seqlen + 6, heads + 2, dim + 16), NAN, dtype=tensor.dtype, device=tensor.device)
+    with torch.no_grad():
+        storage[:, 3:-3, 1:-1, 8:-8] = tensor
+    return storage[:, 3:-3, 1:-1, 8:-8].detach().requires_grad_(tensor.requires_grad)
+
+
+@check("contract", a_few, ("deterministic", "backward.deterministic"))
+def repeats_itself(subject: Subject, case: Case) -> None:
+    """Under deterministic algorithms, three runs are equal to the bit."""
+    problem = replace(case.problem, deterministic=True)
+    if not subject.declared.deterministic:
+        raise NotTestable("it is not declared deterministic")
+    if not subject.takes(problem):
+        problem = replace(problem, requires_grad=False, bias_requires_grad=False)
+    if not subject.takes(problem):
+        raise NotTestable(f"its own limits refuse it: {'; '.join(map(str, subject.kernel.refusals(problem)))}")
+    inputs = replace(case, problem=problem).inputs(SEED)
+    with deterministic(True):
+        first, *others = (results_of(subject.call, problem, inputs) for _ in range(3))
+    for other in others:
+        differing = [name for name in first if not _same(first[name], other[name])]
+        if differing:
+            raise CheckFailed(f"declared deterministic, but {', '.join(differing)} differ between runs")
+
+
+@check("contract", a_few, ("batch_invariant",))
+def entries_do_not_depend_on_each_other(subject: Subject, case: Case) -> None:
+    """A batch entry by itself gives what it gives among others, to the bit."""
+    if not subject.declared.batch_invariant:
+        raise NotTestable("it is not declared batch invariant")
+    subject.must_take(case)
+    inputs = case.inputs(SEED)
+    if inputs.bias is not None and inputs.bias.batch_and_heads[0] != 1:
+        raise NotTestable("the bias has an entry for each of the batch")
+    with torch.no_grad():
+        whole = subject.out(inputs)
+        for entry in range(BATCH):
+            alone = {name: getattr(inputs, name)[entry : entry + 1] for name in ("query", "key", "value")}
+            if not _same(subject.out(replace(inputs, **alone)), whole[entry : entry + 1]):
+                raise CheckFailed(f"declared batch invariant, but entry {entry} differs when it is alone")
+
+
+def _padded(subject: Subject) -> list[Case]:
+    return [case for case in subject.taken if case.problem.bias is not None and case.problem.bias.has_padding][:4]
+
+
+@check("contract", _padded, ("biases",))
+def never_reads_padding(subject: Subject, case: Case) -> None:
+    """Keys and values behind the lengths may be NaN: it reaches neither results nor gradients."""
+    inputs = case.inputs(SEED)
+    assert inputs.bias is not None
+    valid = inputs.bias.valid_keys(inputs.key.device)
+    if valid is None or bool(valid.all()):
+        raise NotTestable("no key of this case is padding")
+    gone = ~valid[:, :, None, None]
+    poisoned = {
+        name: getattr(inputs, name).detach().masked_fill(gone, NAN).requires_grad_(case.problem.requires_grad)
+        for name in ("key", "value")
+    }
+    for name, tensor in results_of(subject.call, case.problem, replace(inputs, **poisoned)).items():
+        read = tensor[~gone.expand_as(tensor)] if name in ("dk", "dv") else tensor
+        if bool(read.isnan().any()):
+            raise CheckFailed(f"{name} is NaN where padding is NaN")
+
+
+def _with_empty_rows(subject: Subject) -> list[Case]:
+    return [case for case in subject.taken if case.label.startswith("bias ")]
+
+
+@check("contract", _with_empty_rows, ("biases", "return_lse"))
+def a_query_without_keys_gets_zeros(subject: Subject, case: Case) -> None:
+    """Output exactly 0, LSE -inf and gradient exactly 0 for a row in which nothing may be attended."""
+    problem = case.problem
+    if subject.takes(replace(problem, return_lse=True)):
+        problem = replace(problem, return_lse=True)
+    inputs = replace(case, problem=problem).inputs(SEED)
+    _, lse = by_reference(replace(inputs, options={"scale": problem.scale}))
+    empty = lse.isneginf()
+    if not bool(empty.any()):
+        raise NotTestable("every query of this case sees a key")
+    results = results_of(subject.call, problem, inputs)
+    of_query = empty.transpose(1, 2).unsqueeze(-1)
+    for name in ("out", "dq"):
+        if name in results:
+            row = results[name].masked_select(of_query.expand_as(results[name]))
+            if not bool((row == 0).all()):
+                raise CheckFailed(f"{name} of a query without keys must be 0, got {row[row != 0][0].item():g}")
+    if "lse" in results and not bool(results["lse"][empty].isneginf().all()):
+        raise CheckFailed(f"LSE of a query without keys must be -inf, got {results['lse'][empty][0].item():g}")
+    for name, tensor in results.items():
+        if name != "lse" and not bool(torch.isfinite(tensor).all()):
+            raise CheckFailed(f"{name} is not finite where a query sees no key")
+
+
+@check("contract", once)
+def runs_in_the_current_stream(subject: Subject, case: Case) -> None:
+    """On CUDA, its work is queued in the caller's stream, forward and backward."""
+    if subject.device != "cuda":
+        raise NotTestable(f"{subject.device} has no streams")
+    inputs = case.inputs(SEED)
+    wanted = subject.out(inputs)
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        late = torch.zeros_like(inputs.query)
+        torch.cuda._sleep(50_000_000)  # type: ignore[no-untyped-call]  # some 30 ms, in which work of another stream would overtake
+        late.copy_(inputs.query)
+        got = subject.out(replace(inputs, query=late))
+    torch.cuda.synchronize()
+    if not torch.allclose(got.double(), wanted.double(), rtol=1e-2, atol=1e-2):
+        raise CheckFailed("in another stream it reads its operands before they are written")
+
+
+@check("contract", once, ("forward_ad",))
+def pushes_derivatives_forward(subject: Subject, case: Case) -> None:
+    """`torch.func.jvp` gives the directional derivative of the reference."""
+    if not subject.declared.forward_ad:
+        raise NotTestable("it declares no forward-mode derivative")
+    inputs = case.inputs(SEED)
+    operands = tuple(tensor.detach() for tensor in (inputs.query, inputs.key, inputs.value))
+    directions = tuple(tensor.flip(1) for tensor in operands)
+
+    def ours(*given: Tensor) -> Tensor:
+        return subject.out(replace(inputs, query=given[0], key=given[1], value=given[2]))
+
+    def exact(*given: Tensor) -> Tensor:
+        return by_reference(replace(inputs, query=given[0], key=given[1], value=given[2]))[0]  # type: ignore[no-any-return]
+
+    got = torch.func.jvp(ours, operands, directions)[1]
+    wide = tuple(tensor.double() for tensor in operands), tuple(tensor.double() for tensor in directions)
+    _near("the derivative", got, torch.func.jvp(exact, *wide)[1])
+
+
+@check("contract", once, ("backward.double",))
+def is_differentiable_twice(subject: Subject, case: Case) -> None:
+    """The gradient of the gradient is the reference's."""
+    if subject.backward is None or not subject.backward.double:
+        raise NotTestable("it declares no double backward")
+    inputs = replace(case, problem=replace(case.problem, requires_grad=True)).inputs(SEED)
+
+    def twice(call: Any, operands: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        query, key, value = operands
+        result = call(replace(inputs, query=query, key=key, value=value))
+        out = result[0] if isinstance(result, tuple) else result
+        first = torch.autograd.grad((out * inputs.grad_out).sum(), operands, create_graph=True)
+        return torch.autograd.grad(torch.stack([grad.square().sum() for grad in first]).sum(), operands)
+
+    operands = inputs.query, inputs.key, inputs.value
+    wide = tuple(tensor.detach().double().requires_grad_() for tensor in operands)
+    for name, got, want in zip(("query", "key", "value"), twice(subject.call, operands), twice(by_reference, wide)):
+        _near(f"the second derivative to {name}", got, want)
+
+
+@check("contract", a_few, ("compile",))
+def can_be_traced(subject: Subject, case: Case) -> None:
+    """torch.compile takes it whole, and the graph gives what the call gives."""
+    if not subject.declared.compile:
+        raise NotTestable("it does not declare that it can be traced")
+    problem = replace(case.problem, compiling=True)
+    if not subject.takes(problem):
+        raise NotTestable(f"its own limits refuse it: {'; '.join(map(str, subject.kernel.refusals(problem)))}")
+    subject.must_take(case)
+    inputs = case.inputs(SEED)
+    torch._dynamo.reset()
+
+    def run(query: Tensor, key: Tensor, value: Tensor, bias: Any) -> Tensor:
+        return subject.out(replace(inputs, query=query, key=key, value=value, bias=bias))
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    operands = inputs.query, inputs.key, inputs.value, inputs.bias
+    _near("the graph's result", compiled(*operands), run(*operands).double())
+
+
+def _near(name: str, got: Tensor, want: Tensor) -> None:
+    """Within a thousandth of the largest number, in half precision within a twentieth: there is no naive run beside."""
+    size = float(want.abs().max()) if want.numel() else 0.0
+    part = 1e-3 if got.dtype in (torch.float32, torch.float64) else 5e-2
+    error = float((got.double() - want.double()).abs().max()) if want.numel() else 0.0
+    if not error <= part * size + 1e-6:
+        raise CheckFailed(f"{name} is off by {error:.3g}, the largest number is {size:.3g}")
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Equal to the bit, NaN included."""
+    return torch.equal(one.detach().nan_to_num(nan=12345.0), other.detach().nan_to_num(nan=12345.0))

@@ -1,0 +1,120 @@
+"""The checks in a process of their own: a kernel that crashes, hangs or ends the process costs one row.
+
+The child writes a line before each row and one with its result after it. Where the second does not come, the row has
+failed, and another child goes on behind it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from ..registry import registry
+from .results import CheckResult
+
+#: Seconds that one row may take.
+LIMIT = 120.0
+#: Seconds that a child may take to import torch and list its rows.
+START = 300.0
+#: After so many deaths the rest of a kernel's rows is not tried: each costs a new process.
+DEATHS = 8
+
+
+def check_isolated(
+    kernel: str, *, device: str = "cpu", only: str | None = None, limit: float = LIMIT
+) -> Iterator[CheckResult]:
+    """As `check_kernel`, for a plugin's kernel by name, each result as it comes.
+
+    Args:
+        limit: seconds that one check of one case may take.
+
+    Raises UnknownKernelError for an unknown name, before anything runs.
+    """
+    registry.kernel(kernel)
+    done = deaths = 0
+    while True:
+        started: dict[str, Any] | None = None
+        with _Child(kernel, device, only, done) as child:
+            for told in child.lines(limit):
+                if "result" in told:
+                    started, done = None, told["row"] + 1
+                    yield CheckResult(**told["result"])
+                elif "row" in told:
+                    started = told
+                elif "end" in told:
+                    return
+            reason = child.end()
+        deaths += 1
+        row = started or {"row": done, "check": "runs", "case": "", "problem": ""}
+        yield _failed(kernel, row, reason)
+        if started is None:
+            return  # it does not even list its rows
+        done = row["row"] + 1
+        if deaths == DEATHS:
+            yield _failed(
+                kernel, row | {"check": "runs", "case": ""}, f"{deaths} processes ended; the rest is not tried"
+            )
+            return
+
+
+def _failed(kernel: str, row: dict[str, Any], reason: str) -> CheckResult:
+    return CheckResult(
+        kernel=kernel, check=row["check"], case=row["case"], status="failed", reason=reason, problem=row["problem"]
+    )
+
+
+class _Child:
+    """A process that runs the rows from one on, and tells of them through a pipe."""
+
+    def __init__(self, kernel: str, device: str, only: str | None, first: int) -> None:
+        self._read, write = os.pipe()
+        command = [sys.executable, "-m", __package__, kernel, device, only or "", str(first), str(write)]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        self._process = subprocess.Popen(
+            command, pass_fds=(write,), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        os.close(write)
+        self._late: float | None = None
+
+    def __enter__(self) -> _Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        os.close(self._read)
+
+    def lines(self, limit: float) -> Iterator[dict[str, Any]]:
+        """What it tells, until it ends or is silent for too long."""
+        rest = b""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._read, selectors.EVENT_READ)
+            deadline = time.monotonic() + START
+            while True:
+                if not selector.select(max(deadline - time.monotonic(), 0.0)):
+                    self._late = limit
+                    return
+                read = os.read(self._read, 1 << 16)
+                if not read:
+                    return
+                *lines, rest = (rest + read).split(b"\n")
+                for line in lines:
+                    yield json.loads(line)
+                deadline = time.monotonic() + limit
+
+    def end(self) -> str:
+        """How it ended, in words."""
+        if self._late is not None:
+            return f"did not end within {self._late:g} s"
+        _, errors = self._process.communicate()
+        code = self._process.returncode
+        last = errors.strip().splitlines()[-1:] or [""]
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return f"the process {how}{f': {last[0]}' if last[0] else ''}"

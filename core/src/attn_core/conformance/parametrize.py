@@ -1,0 +1,79 @@
+"""The checks as pytest's: one test per check and case, for the author of a kernel.
+
+from attn_core.conformance import parametrize_kernel_checks
+
+@parametrize_kernel_checks(["hello/sdpa"])
+def test_kernel(check):
+    check()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from ..kernel import Kernel
+from ..registry import registry
+from .cases import Case
+from .checks import Check
+from .results import CheckResult
+from .run import every_case, result_of
+from .subject import Subject, registered
+
+
+@dataclass(frozen=True)
+class Row:
+    """One check of one kernel on one case; called, it is that test."""
+
+    subject: Subject
+    check: Check
+    case: Case | CheckResult
+
+    @property
+    def name(self) -> str:
+        label = "" if isinstance(self.case, CheckResult) else self.case.label
+        return f"{self.check.name}[{label}]" if label else self.check.name
+
+    def __call__(self) -> None:
+        with registered(self.subject.kernel):
+            result = result_of(self.subject, self.check, self.case)
+        if result.status == "skipped":
+            pytest.skip(result.reason)
+        assert result, f"{result}\nthe problem: {result.problem}"
+
+
+def rows(kernels: Iterable[Kernel | str], device: str = "cpu") -> Iterator[Row]:
+    """Every row of these kernels. Raises UnknownKernelError for an unknown name."""
+    for given in kernels:
+        kernel = registry.kernel(given) if isinstance(given, str) else given
+        subject = Subject(kernel, device)
+        with registered(kernel):
+            found = list(every_case(subject))
+        yield from (Row(subject, check, case) for check, case in found)
+
+
+def parametrize_kernel_checks(
+    kernels: Iterable[Kernel | str], *, device: str = "cpu", expected_failures: Mapping[str, str] | None = None
+) -> Any:
+    """A decorator that makes one test per check and case of a test function with the argument `check`.
+
+    Args:
+        kernels: names, or kernels.
+        device: device type on which they are checked.
+        expected_failures: check, or "check[case]" -> why it fails. Strict: one that passes is a failure, so that the
+            list cannot outlive its reason. A name that fits no row raises ValueError.
+    """
+    expected = dict(expected_failures or {})
+    found = list(rows(kernels, device))
+    unknown = set(expected) - {row.name for row in found} - {row.check.name for row in found}
+    if unknown:
+        raise ValueError(f"expected_failures: no check is named {', '.join(sorted(unknown))}")
+    parameters = []
+    for row in found:
+        reason = expected.get(row.name, expected.get(row.check.name))
+        marks = [pytest.mark.xfail(reason=reason, strict=True)] if reason is not None else []
+        parameters.append(pytest.param(row, id=f"{row.subject.name} {row.name}", marks=marks))
+    return pytest.mark.parametrize("check", parameters)
