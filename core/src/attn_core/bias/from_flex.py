@@ -30,7 +30,8 @@ def from_flex_block_mask(flex: Any) -> BlockMask:
     rows, has = (seqlen_q + block_q - 1) // block_q, flex.kv_indices.shape[-2]
     if has != rows:
         raise InputError(
-            f"bias: flex BlockMask has {has} rows of {block_q} queries, its seq_lengths={seqlen_q, seqlen_kv} {rows}"
+            f"bias: flex BlockMask has {has} rows of {block_q} queries,"
+            f" and its seq_lengths {seqlen_q, seqlen_kv} need {rows}"
         )
     blocks, full = _listed(flex.kv_num_blocks, flex.kv_indices, columns), None
     if flex.full_kv_num_blocks is not None:
