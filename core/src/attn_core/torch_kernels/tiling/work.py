@@ -1,0 +1,62 @@
+"""What `torch/tiled` does for a problem: the pairs of its tiles, and how many dense problems it runs.
+
+The mask is cut for that as it is for a call; where the kernel is then chosen, its first call finds the tables made.
+"""
+
+from __future__ import annotations
+
+from math import ceil, prod
+
+import torch
+
+from ...bias import Mask
+from ...cost import Work
+from ...problem import Problem
+from .cut import WIDE, tiling_of
+from .runs import BACKWARD_BYTES, FORWARD_BYTES, Run
+from .strips import Strips
+
+_modes_of_dispatch = torch._C._len_torch_dispatch_stack
+
+#: What a pair takes in the backward, as a multiple of one in the forward.
+BACKWARD_PAIR = 3.0
+#: What copying the operands into strips and back takes, in parts.
+COPIES = 4.0
+
+
+def work(problem: Problem) -> Work | None:
+    """Pairs and parts; None where a mask cannot be cut before the call: then those count that it leaves."""
+    mask = problem.bias
+    if problem.device != "cpu" or not isinstance(mask, Mask) or mask.holds_data or _modes_of_dispatch():
+        return None
+    once = _of(problem, mask, backward=False)
+    if not problem.needs_backward:
+        return once
+    again = _of(problem, mask, backward=True)
+    return Work((once.pairs + BACKWARD_PAIR * again.pairs) / (1 + BACKWARD_PAIR), once.parts + again.parts)
+
+
+def _of(problem: Problem, mask: Mask, *, backward: bool) -> Work:
+    like = torch.empty(0, dtype=problem.dtype)
+    row = problem.head_dim * WIDE.get(problem.dtype, problem.dtype).itemsize
+    pairs, parts = 0.0, 0.0
+    for part in tiling_of(mask, like, backward).parts:
+        strips = 1
+        if isinstance(part, Strips):
+            strips = prod(stretch.count for stretch in part.across)
+            parts += COPIES
+        lanes = strips * problem.num_heads * problem.batch
+        for run in part.runs:  # type: ignore[attr-defined]
+            rows, bound = (run.rows + 2 * run.columns, BACKWARD_BYTES) if backward else (run.rows, FORWARD_BYTES)
+            pairs += strips * _pairs(run)
+            parts += ceil(run.count / max(1, bound // max(1, rows * row * lanes)))
+    return Work(pairs, parts)
+
+
+def _pairs(run: Run) -> float:
+    square = float(run.rows * run.columns * run.count)
+    if not run.causal:
+        return square
+    rows = 256 if run.rows >= 768 else 64 if run.rows >= 192 else 32  # of a block of the dense kernel
+    kept = run.rows * min(run.columns, (run.rows + min(rows, run.rows)) / 2) * run.count
+    return min(square, kept)
