@@ -51,7 +51,7 @@ class MaskMod(Mask):
     broadcast, for a function that fails on such tensors, or that varies by batch entry or head and was said not to.
     """
 
-    function: Function
+    function: Callable[..., Any]
     tensors: tuple[Tensor, ...] = ()
     batch: int | None = None
     num_heads: int | None = None
@@ -189,12 +189,12 @@ def mask_mod(
 
 
 def mask_mod(
-    function: Function | None = None,
+    function: Callable[..., Any] | None = None,
     *,
     tensors: tuple[Tensor, ...] = (),
     batch: int | None = None,
     num_heads: int | None = None,
-) -> MaskMod | Callable[[Function], MaskMod]:
+) -> MaskMod | Callable[[Callable[..., Any]], MaskMod]:
     """A mask of a function `(b, h, q_idx, kv_idx) -> boolean tensor`, as FlexAttention takes it; also a decorator, with
     or without options. Arguments and errors are those of `MaskMod`."""
     if function is None:

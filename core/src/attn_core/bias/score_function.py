@@ -48,7 +48,7 @@ class ScoreMod(Kind):
     one that does not broadcast, or for a function that fails on such tensors.
     """
 
-    function: Function
+    function: Callable[..., Any]
     tensors: tuple[Tensor, ...] = ()
     lengths: tuple[int, int] | None = None
     captured: tuple[Tensor, ...] = field(init=False, default=())
@@ -171,8 +171,8 @@ def score_mod(function: None = None, *, tensors: tuple[Tensor, ...] = ()) -> Cal
 
 
 def score_mod(
-    function: Function | None = None, *, tensors: tuple[Tensor, ...] = ()
-) -> ScoreMod | Callable[[Function], ScoreMod]:
+    function: Callable[..., Any] | None = None, *, tensors: tuple[Tensor, ...] = ()
+) -> ScoreMod | Callable[[Callable[..., Any]], ScoreMod]:
     """A change of the logits by a function `(score, b, h, q_idx, kv_idx) -> score`, as FlexAttention takes it; also a
     decorator, with or without options. Arguments and errors are those of `ScoreMod`."""
     if function is None:
