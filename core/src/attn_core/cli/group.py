@@ -21,6 +21,8 @@ GROUP = "attn.commands"
 
 #: The commands of the core: name -> "module:object".
 BUILT_IN = {
+    "calibrate": "attn_core.cli.calibrate:calibrate",
+    "check": "attn_core.cli.check:check",
     "demo": "attn_core.cli.demo:demo",
     "doctor": "attn_core.cli.doctor:doctor",
     "explain": "attn_core.cli.explain:explain",

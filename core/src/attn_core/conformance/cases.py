@@ -15,6 +15,7 @@ import torch
 from ..bias import (
     ALiBi,
     AttnBias,
+    Cached,
     Causal,
     Intersection,
     KeyPadding,
@@ -129,6 +130,7 @@ def _variations(capabilities: Capabilities, base: Problem) -> Iterator[Case]:
         yield Case(label=f"scale {scale:g}", problem=replace(base, scale=scale))
     yield from _biases(capabilities, base)
     yield from _options(capabilities, base)
+    yield from _many_rows(base)
 
 
 def _dims(capabilities: Capabilities, base: Problem) -> Iterator[Case]:
@@ -163,12 +165,16 @@ def _lengths(capabilities: Capabilities, base: Problem) -> Iterator[Case]:
         yield case(*lengths)
     yield case(SEQLEN, SEQLEN, batch=1)
     yield case(SEQLEN, SEQLEN, num_heads=1, num_kv_heads=1)
-    few = {"batch": 1, "num_heads": 1, "num_kv_heads": 1}
-    yield case(MANY_ROWS, 3, **few)
-    yield case(1, 2, **(few | {"batch": MANY_ROWS}))
     if capabilities.empty_lengths:
         for name in ("batch", "seqlen_q", "seqlen_kv"):
             yield Case(label=f"empty {name}", proves="empty_lengths", problem=changed(base, name, 0))
+
+
+def _many_rows(base: Problem) -> Iterator[Case]:
+    """The last ones, since they take long."""
+    few = replace(base, num_heads=1, num_kv_heads=1)
+    yield Case(label=f"{MANY_ROWS} queries", problem=replace(few, batch=1, seqlen_q=MANY_ROWS, seqlen_kv=3))
+    yield Case(label=f"batch {MANY_ROWS}", problem=replace(few, batch=MANY_ROWS, seqlen_q=1, seqlen_kv=2))
 
 
 def changed(problem: Problem, field: str, value: Any) -> Problem:
@@ -232,6 +238,9 @@ def examples(declared: BiasKind, problem: Problem, trains: bool) -> Iterator[Att
     if declared is KeyPadding:
         yield KeyPadding(torch.empty(problem.batch, dtype=torch.int64, device="meta"))
         yield KeyPadding(torch.empty(problem.batch, dtype=torch.int32, device="meta"))
+    if declared is Cached:
+        for within in (None, Causal("bottom-right"), Window(5, 1, "bottom-right"), Causal("top-left")):
+            yield Cached(torch.empty(problem.batch, dtype=torch.int32, device="meta"), within=within)
     if declared is TensorBias:
         yield from _tensors(problem, trains)
     if declared in (ALiBi, Score, AttnBias):

@@ -36,7 +36,11 @@ def leaves_its_operands_alone(subject: Subject, case: Case) -> None:
         raise CheckFailed(f"it wrote into {', '.join(changed)}")
 
 
-@check("contract", a_few, ("return_lse",))
+def _of_each_dtype(subject: Subject) -> list[Case]:
+    return [*a_few(subject), *[case for case in subject.taken if case.label.startswith("dtype ")]]
+
+
+@check("contract", _of_each_dtype, ("return_lse",))
 def returns_what_was_asked_for(subject: Subject, case: Case) -> None:
     """Shape, dtype and device of out and LSE are those of the contract, and so are those of the gradients."""
     subject.must_take(case)

@@ -24,7 +24,7 @@ COMPARED = (
     *("devices", "numerics", "min_compute_capability", "max_compute_capability"),
     *("dtypes", "head_dims", "head_dims_v", "biases", "backward", "gqa", "softcap", "return_lse"),
     *("strided_head_dim", "empty_lengths", "bias_grad", "lse_grad"),
-    *("backward.dtypes", "backward.head_dims", "backward.biases"),
+    *("backward.dtypes", "backward.head_dims", "backward.biases", "backward.min_compute_capability"),
 )
 #: An approximate kernel (int8, fp8) is right where its error, as a whole, stays below this part of the result.
 APPROXIMATE = 0.1
@@ -87,11 +87,12 @@ def assert_dropout_is_honoured(kernel: str, inputs: Inputs) -> None:
     """
     options = {**inputs.options, "return_lse": False}
     p = options.pop("dropout_p")
-    seqlen_kv = inputs.key.shape[1]
-    if not inputs.query.numel() or not seqlen_kv:
+    if not inputs.query.numel() or not inputs.key.numel():
         return
-    columns = torch.eye(seqlen_kv, dtype=inputs.query.dtype, device=inputs.query.device)
-    value = columns[None, :, None, :].expand(*inputs.key.shape[:3], seqlen_kv)
+    in_pages = inputs.bias is not None and inputs.bias.paged is not None
+    rows = inputs.key.shape[:2] if in_pages else (1, inputs.key.shape[1])  # a row for every place in the pages
+    columns = torch.eye(math.prod(rows), dtype=inputs.query.dtype, device=inputs.query.device)
+    value = columns.reshape(*rows, 1, -1).expand(*inputs.key.shape[:3], -1)
     with torch.no_grad():
         if explain(inputs.query, inputs.key, value, inputs.bias, dropout_p=p, **options)[kernel].seconds is None:
             return

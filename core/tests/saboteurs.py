@@ -1,0 +1,194 @@
+"""A kernel that is right, and the same kernel made wrong in one place: what the conformance kit must catch.
+
+Each saboteur is a mistake that real kernels and real adapters have made. A kit that misses one is broken.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from attn_core import ANY_DIM, Backward, Capabilities, Causal, Kernel, KeyPadding, Refusal, TensorBias, Window
+from torch import Tensor
+
+MASKED = float("-inf")
+TILE = 16
+
+
+def attend(query, key, value, *, bias=None, scale, softcap=None, dropout_p=0.0, return_lse=False, wrong=""):
+    """Attention written out, heads-last, each line right unless `wrong` names it."""
+    dtype, head_dim = query.dtype, query.shape[-1]
+    seqlen_kv = key.shape[1]
+    if wrong == "scale dropped":
+        scale = 1.0
+    if wrong == "scale of the padded head_dim":
+        scale = scale * math.sqrt(head_dim / (-(-head_dim // 8) * 8))
+    if wrong == "scale 0 taken for none":
+        scale = scale or head_dim**-0.5
+    if wrong == "strides mistaken":
+        key = key.as_strided(key.shape, torch.empty(key.shape, device="meta").stride())
+    if bias is not None and wrong != "padding read":
+        valid = bias.valid_keys(key.device)
+        if valid is not None:
+            key, value = (torch.where(valid[:, :, None, None], x, 0) for x in (key, value))
+    q, k, v = (x.transpose(1, 2).to(torch.promote_types(dtype, torch.float32)) for x in (query, key, value))
+    group = q.shape[1] // k.shape[1]
+    if wrong == "heads in tile order":
+        k, v = (x.repeat(1, group, 1, 1) for x in (k, v))
+    else:
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    if wrong == "batch entries coupled":
+        k = k + (k.sum(0, keepdim=True) - k) * 1e-7
+    logits = scale * (q @ k.mT)
+    if softcap is not None and wrong not in ("softcap dropped", "softcap after the bias"):
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = _biased(logits, bias, wrong)
+    if softcap is not None and wrong == "softcap after the bias":
+        capped = softcap * torch.tanh(logits / softcap)
+        logits = torch.where(logits == MASKED, MASKED, capped)
+    if wrong == "tail tile unmasked" and seqlen_kv % TILE:
+        logits = torch.nn.functional.pad(logits, (0, TILE - seqlen_kv % TILE))
+        v = torch.nn.functional.pad(v, (0, 0, 0, TILE - seqlen_kv % TILE))
+    if wrong == "rows beyond 65,535 left out":
+        logits = torch.cat([logits[:, :, :65_535], logits[:, :, 65_535:] * 0], 2)
+    empty = (logits == MASKED).all(-1, keepdim=True)
+    lse = torch.logsumexp(torch.where(empty, 0.0, logits), -1)
+    weights = torch.softmax(torch.where(empty, 0.0, logits), -1)
+    if wrong != "a row without keys gets the mean":
+        weights = weights * ~empty
+    if dropout_p and wrong != "dropout dropped":
+        weights = torch.dropout(weights, dropout_p, True)
+    if wrong == "not deterministic" and torch.rand(()) < 0.9:
+        weights = weights * (1 + torch.rand(()) * 1e-6)
+    if wrong == "gradient to value missing":
+        v = v.detach()
+    out = (weights @ v).transpose(1, 2)
+    out = out if wrong == "dtype quietly raised" else out.to(dtype)
+    if wrong == "operand overwritten":
+        with torch.no_grad():
+            query.mul_(scale)
+    if wrong == "graph broken":
+        torch._dynamo.graph_break()
+    if not return_lse:
+        return out
+    if wrong == "LSE base 2":
+        lse = lse / math.log(2)
+    of_empty = {"LSE 0 of a row without keys": 0.0, "LSE +inf of a row without keys": math.inf}.get(wrong, MASKED)
+    return out, torch.where(empty.squeeze(-1), of_empty, lse)
+
+
+def _biased(logits: Tensor, bias: object, wrong: str) -> Tensor:
+    if bias is None:
+        return logits
+    if wrong == "causal in the other corner" and isinstance(bias, Causal):
+        other = "top-left" if bias.corner == "bottom-right" else "bottom-right"
+        bias = Causal(other).bind(*bias.lengths)
+    if isinstance(bias, Window):
+        if wrong == "window one key short on the left" and bias.left:
+            bias = replace(bias, left=bias.left - 1)
+        if wrong == "window one key more on the right" and bias.right is not None:
+            bias = replace(bias, right=bias.right + 1)
+    dense = bias.materialize(logits.device)  # type: ignore[attr-defined]
+    if wrong == "bias transposed" and dense.shape[-1] == dense.shape[-2] and isinstance(bias, TensorBias):
+        dense = dense.mT
+    if wrong == "gradient to the bias missing":
+        dense = dense.detach()
+    if dense.dtype is torch.bool:
+        return logits.masked_fill(~dense, MASKED)
+    if wrong == "bias added before the scale":
+        return logits + dense * 0.5
+    return logits + dense.to(logits.dtype)
+
+
+CLAIMS = Capabilities(
+    devices={"cpu"},
+    dtypes={torch.float32, torch.bfloat16},
+    head_dims=ANY_DIM,
+    head_dims_v=ANY_DIM,
+    biases={Causal, Window, KeyPadding, TensorBias},
+    backward=Backward(bias_grad=True, lse_grad=True, deterministic=True),
+    gqa=True,
+    softcap=True,
+    dropout=True,
+    return_lse=True,
+    deterministic=True,
+    strided_head_dim=True,
+)
+GOOD = Kernel(name="good/attend", run=attend, capabilities=CLAIMS)
+
+
+def _refuse_everything(problem):
+    if problem.softcap is not None:
+        yield Refusal("softcap", "is out of order today")
+
+
+def _refuse_silently(problem):
+    if problem.seqlen_q == 1:
+        yield Refusal("seqlen_q", " ")
+
+
+def _refuse_by_raising(problem):
+    raise KeyError("arch")
+
+
+@dataclass(frozen=True)
+class Saboteur:
+    """A wrong kernel, and the check that must catch it."""
+
+    kernel: Kernel
+    caught_by: str
+
+
+def _wrong(name: str, **claims: object) -> Kernel:
+    slug = name.replace(" ", "-").replace(",", "")
+    run = functools.partial(attend, wrong=name)
+    return Kernel(name=f"sabotage/{slug}", run=run, capabilities=replace(CLAIMS, **claims))  # type: ignore[arg-type]
+
+
+SABOTEURS = {
+    name: Saboteur(_wrong(name), check)
+    for name, check in {
+        "scale dropped": "agrees",
+        "scale of the padded head_dim": "agrees",
+        "scale 0 taken for none": "agrees",
+        "causal in the other corner": "agrees",
+        "window one key short on the left": "agrees",
+        "window one key more on the right": "agrees",
+        "LSE base 2": "agrees",
+        "LSE 0 of a row without keys": "a_query_without_keys_gets_zeros",
+        "LSE +inf of a row without keys": "a_query_without_keys_gets_zeros",
+        "a row without keys gets the mean": "a_query_without_keys_gets_zeros",
+        "heads in tile order": "agrees",
+        "tail tile unmasked": "agrees",
+        "rows beyond 65,535 left out": "agrees",
+        "bias transposed": "agrees",
+        "bias added before the scale": "agrees",
+        "gradient to the bias missing": "agrees",
+        "gradient to value missing": "agrees",
+        "softcap after the bias": "agrees",
+        "softcap dropped": "agrees",
+        "dropout dropped": "drops_weights",
+        "operand overwritten": "leaves_its_operands_alone",
+        "dtype quietly raised": "returns_what_was_asked_for",
+        "not deterministic": "repeats_itself",
+        "padding read": "never_reads_padding",
+        "strides mistaken": "reads_only_its_operands",
+    }.items()
+}
+SABOTEURS |= {
+    "batch entries coupled": Saboteur(
+        _wrong("batch entries coupled", batch_invariant=True), "entries_do_not_depend_on_each_other"
+    ),
+    "graph broken": Saboteur(_wrong("graph broken", compile=True), "can_be_traced"),
+    "refuses what it claims": Saboteur(
+        replace(GOOD, name="sabotage/refuses", refuse=_refuse_everything), "takes_what_it_claims"
+    ),
+    "refuses without a word": Saboteur(
+        replace(GOOD, name="sabotage/silent", refuse=_refuse_silently), "its_reasons_can_be_read"
+    ),
+    "its limits raise": Saboteur(
+        replace(GOOD, name="sabotage/raises", refuse=_refuse_by_raising), "its_reasons_can_be_read"
+    ),
+}

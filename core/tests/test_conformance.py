@@ -1,0 +1,248 @@
+"""The conformance kit: a right kernel passes, each saboteur is caught by the check that it is for."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import attn_core
+import pytest
+import torch
+from attn_core import Backward, Capabilities, Kernel, UnknownKernelError
+from attn_core.cli import main
+from attn_core.conformance import CHECKS, CheckResult, check_kernel
+from attn_core.conformance.cases import claimed_cases
+from attn_core.conformance.certificate import certificate, write
+from attn_core.conformance.isolated import check_isolated
+from attn_core.conformance.parametrize import parametrize_kernel_checks
+from attn_core.testing import HELLO, fake_distribution, importable
+from click.testing import CliRunner
+
+
+def load(name):
+    """A module beside this one; pytest imports tests without their folder on sys.path."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+saboteurs = load("saboteurs")
+
+
+def told(results):
+    return "\n".join(str(result) for result in results if not result)
+
+
+@pytest.fixture(scope="module")
+def of_the_good():
+    return check_kernel(saboteurs.GOOD)
+
+
+def test_a_right_kernel_passes_every_check(of_the_good):
+    assert all(of_the_good), told(of_the_good)
+    passed = {result.check for result in of_the_good if result.status == "passed"}
+    undeclared = {"entries_do_not_depend_on_each_other", "can_be_traced"}
+    assert passed >= {saboteur.caught_by for saboteur in saboteurs.SABOTEURS.values()} - undeclared
+
+
+@pytest.mark.parametrize("name", saboteurs.SABOTEURS)
+def test_a_saboteur_is_caught_by_the_check_for_it(name):
+    saboteur = saboteurs.SABOTEURS[name]
+    results = check_kernel(saboteur.kernel, only=saboteur.caught_by, stop_at_failure=True)
+    assert not all(results), f"{saboteur.caught_by} finds nothing wrong where {name}"
+    assert all(result.reason for result in results if result.status != "passed")
+
+
+def test_every_field_that_can_be_declared_has_a_check():
+    checked = {field for check in CHECKS.values() if check.group in ("numbers", "contract") for field in check.fields}
+    names = [field.name for field in fields(Capabilities)]
+    names += [field.name for field in fields(Backward) if field.name in ("bias_grad", "lse_grad")]
+    names += [f"backward.{name}" for name in ("dtypes", "head_dims", "biases", "deterministic", "double")]
+    names.append("backward.min_compute_capability")
+    assert len(names) == len(fields(Capabilities)) + len(fields(Backward))
+    assert not set(names) - checked
+
+
+def test_what_is_declared_makes_the_problems():
+    narrow = replace(saboteurs.CLAIMS, dtypes={torch.float32}, head_dims=range(8, 65, 8), head_dims_v=None, biases=())
+    narrow = replace(narrow, gqa=False, softcap=False, return_lse=False, backward=None, strided_head_dim=False)
+    cases = claimed_cases(Kernel(name="good/narrow", run=saboteurs.attend, capabilities=narrow), "cpu")
+    problems = [case.problem for case in cases]
+    assert {problem.head_dim for problem in problems} >= {8, 16, 64}
+    assert all(problem.head_dim % 8 == 0 and problem.head_dim <= 64 for problem in problems)
+    assert {problem.dtype for problem in problems} == {torch.float32}
+    assert all(problem.num_heads == problem.num_kv_heads and problem.bias is None for problem in problems)
+    assert max(problem.seqlen_q for problem in problems) > 65_535
+    assert not any(problem.requires_grad or problem.return_lse for problem in problems)
+
+
+def test_a_kernel_that_declares_nothing_for_the_device_is_not_judged():
+    elsewhere = replace(saboteurs.GOOD, capabilities=replace(saboteurs.CLAIMS, devices={"cuda"}))
+    results = check_kernel(elsewhere, device="cpu")
+    assert {result.status for result in results} == {"skipped"}
+    assert "declares nothing for cpu" in results[0].reason
+
+
+# In a process of its own
+
+DEADLY_PLUGIN = """
+import os, sys, time
+import torch
+from attn_core import Capabilities, Kernel, hookimpl
+
+def crashes(query, key, value, *, scale):
+    os.abort()
+
+def exits(query, key, value, *, scale):
+    sys.exit(3)
+
+def hangs(query, key, value, *, scale):
+    time.sleep(10_000)
+
+@hookimpl
+def attn_kernels():
+    claims = Capabilities(devices={"cpu"}, dtypes={torch.float32}, head_dims={8})
+    for run in (crashes, exits, hangs):
+        yield Kernel(name=f"deadly/{run.__name__}", run=run, capabilities=claims)
+"""
+
+
+@pytest.fixture
+def deadly(tmp_path):
+    with importable(tmp_path):
+        fake_distribution(tmp_path, "attn-deadly", source=DEADLY_PLUGIN, entry_points={"deadly": "attn_deadly"})
+        attn_core.refresh()
+        yield
+    attn_core.refresh()
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "limit"),
+    [("crashes", "SIGABRT", 60.0), ("exits", "exit code 3", 60.0), ("hangs", "did not end within 2 s", 2.0)],
+)
+def test_a_kernel_that_takes_its_process_with_it_costs_a_row(deadly, name, how, limit, monkeypatch):
+    monkeypatch.setattr("attn_core.conformance.isolated.DEATHS", 2)
+    results = list(check_isolated(f"deadly/{name}", only="agrees", limit=limit))
+    assert [how in result.reason for result in results] == [True, True, False]
+    assert results[0].case != results[1].case, "the next process goes on behind it"
+    assert results[0].problem.startswith("batch 2, seqlen 33")
+    assert "2 processes ended" in results[2].reason
+
+
+def test_in_a_process_of_its_own_the_results_are_the_same():
+    inside = check_kernel("torch/math", only="repeats_itself")
+    outside = list(check_isolated("torch/math", only="repeats_itself"))
+    assert [(r.name, r.status, r.reason) for r in outside] == [(r.name, r.status, r.reason) for r in inside]
+
+
+def test_an_unknown_name_is_an_error_before_anything_runs():
+    with pytest.raises(UnknownKernelError, match="Did you mean 'torch/flash'"):
+        next(check_isolated("torch/flesh"))
+
+
+# Certificates
+
+
+def row(check, status="passed", **more):
+    return CheckResult(kernel="good/attend", check=check, case=more.pop("case", ""), status=status, **more)
+
+
+def test_a_certificate_says_of_each_claim_whether_it_is_shown():
+    kernel = saboteurs.GOOD
+    results = [
+        row("agrees", case="dtype float32", proves="dtypes: float32", error=0.5),
+        row("agrees", "failed", case="dtype bfloat16", proves="dtypes: bfloat16", reason="off"),
+        row("repeats_itself", "skipped", reason="not today"),
+    ]
+    made = certificate(kernel, "cpu", results)
+    assert made.claims["dtypes: float32"] == "proven"
+    assert made.claims["dtypes: bfloat16"] == "failed"
+    assert made.claims["deterministic"] == "not testable here"
+    assert set(made.claims) >= {"biases: Causal", "gqa", "softcap", "dropout", "head_dims: 64", "backward", "lse_grad"}
+    assert not made.granted
+    assert made.error == 0.5
+    assert "| agrees | dtype bfloat16 | off |" in made.as_markdown()
+
+
+def test_a_certificate_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    made = certificate(saboteurs.GOOD, "cpu", [row("agrees", proves="gqa")])
+    paths = write(made, tmp_path)
+    assert [path.name for path in paths] == ["good-attend.cpu.json", "good-attend.cpu.md"]
+    data = json.loads(paths[0].read_text())
+    assert (data["granted"], data["kernel"], data["machine"]["torch"]) == (True, "good/attend", torch.__version__)
+    before = {path: path.read_text() for path in paths}
+    monkeypatch.setattr(type(made), "as_markdown", lambda self: "\ud800")  # cannot be encoded
+    with pytest.raises(UnicodeEncodeError):
+        write(replace(made, device="cpu", when="later"), tmp_path)
+    assert {path: path.read_text() for path in tmp_path.iterdir()} == before
+
+
+# The command, and pytest
+
+
+@pytest.fixture
+def hello(tmp_path):
+    with importable(tmp_path / "site"):
+        fake_distribution(tmp_path / "site", source=HELLO)
+        attn_core.refresh()
+        yield
+    attn_core.refresh()
+
+
+def test_the_command_checks_a_plugin_and_writes_its_certificate(hello, tmp_path):
+    done = CliRunner().invoke(main, ["check", "hello", "--only", "leaves_its_operands_alone"])
+    assert done.exit_code == 0, done.output
+    assert "hello/sdpa" in done.output
+    done = CliRunner().invoke(main, ["check", "hello/sdpa", "--out", str(tmp_path / "out")])
+    data = json.loads((tmp_path / "out" / "hello-sdpa.cpu.json").read_text())
+    assert data["distribution"] == "attn-hello"
+    assert done.exit_code == (0 if data["granted"] else 1)
+    assert data["claims"]["dtypes: float32"] in ("proven", "failed")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["check"], "which kernel?"),
+        (["check", "torch/flesh"], "Did you mean 'torch/flash'"),
+        (["check", "torch/math", "--only", "agree"], "Did you mean 'agrees'"),
+        (["check", "torch/math", "--all"], "not both"),
+        (["check", "torch/math", "--out", "/dev/null/certificates"], "cannot write into"),
+    ],
+    ids=["nothing", "unknown kernel", "unknown check", "both", "unwritable"],
+)
+def test_the_command_says_what_is_wrong_with_its_arguments(arguments, text):
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 2
+    assert text in done.output
+
+
+def pytest_run(*arguments, cwd):
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+def test_pytest_runs_the_kit_on_chosen_kernels(tmp_path):
+    kit = ["-p", "attn_core.testing.plugin", "--pyargs", "attn_core.conformance"]
+    done = pytest_run(*kit, "--attn-kernel", "torch/math", "-k", "repeats_itself", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert "3 passed" in done.stdout
+    done = pytest_run(*kit, "--attn-plugin", "nobody", cwd=tmp_path)
+    assert "no kernel of plugin ['nobody']" in done.stdout + done.stderr
+
+
+def test_an_expected_failure_must_fail_and_must_exist():
+    marks = parametrize_kernel_checks(["torch/math"], expected_failures={"repeats_itself": "is known"})
+    rows = {parameter.id: parameter for parameter in marks.args[1]}
+    expected = [id for id, parameter in rows.items() if parameter.marks]
+    assert expected
+    assert all("repeats_itself" in id for id in expected)
+    assert all(mark.kwargs == {"reason": "is known", "strict": True} for id in expected for mark in rows[id].marks)
+    with pytest.raises(ValueError, match="no check is named repeats_her"):
+        parametrize_kernel_checks(["torch/math"], expected_failures={"repeats_her": "?"})
