@@ -7,7 +7,8 @@ Forced by these facts of torch.compile:
   given, on this thread's scope and on the registry's generation.
 - Lengths may be symbolic. Comparing two estimates then puts a guard where they cross: one graph where one kernel is
   best at every length, one more per change of the choice. Acceptance does not depend on a symbolic length, except by a
-  kernel's own `refuse`, which is asked with the symbolic problem.
+  kernel's own `refuse`, which is asked with the symbolic problem. An exported graph cannot be traced again, so there
+  the choice is made once, by the estimates at stand-in lengths.
 - Locks, ContextVars and dicts keyed by shapes cannot be traced, nor may a side effect (a count) be part of a graph.
 """
 
@@ -212,7 +213,7 @@ def _best(rows: tuple[Any, ...], problem: Problem) -> Any:
     while rows:
         group = [row for row in rows if row[2] == rows[0][2]]  # the best place in the scope's order
         best = group[0]
-        if len(group) > 1:
+        if len(group) > 1 and not torch.compiler.is_exporting():
             left = problem.pairs_left() if any(row[3][4] for row in group) else 0.0
             least = None
             for row in group:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ..hookspecs import hookimpl
 from ..kernel import Kernel
-from . import cudnn, efficient, flash, flex, math, reference
+from . import cudnn, efficient, flash, flex, math, reference, tiled
 
 
 @hookimpl
@@ -17,3 +17,4 @@ def attn_kernels() -> Iterator[Kernel]:
     yield flex.KERNEL
     yield math.KERNEL
     yield reference.KERNEL
+    yield tiled.KERNEL

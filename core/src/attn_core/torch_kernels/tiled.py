@@ -6,16 +6,24 @@ the device's dense kernel. Nothing of size seqlen_q * seqlen_kv is ever made. `t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..bias import AttnBias, Causal, Mask, Window
-from ..capabilities import ANY_DEVICE, ANY_DIM, Backward, Capabilities
+from ..bias import AttnBias, Mask, Segments
+from ..capabilities import ANY_DEVICE, ANY_DIM, Backward, Capabilities, Refusal
 from ..cost import Cost
 from ..kernel import Kernel
+from ..problem import Problem
+from .measured import MEASURED
+from .tiling import traced
 from .tiling.function import Tiled
+from .tiling.work import work
+
+_is_compiling = torch.compiler.is_compiling
+_modes_of_dispatch = torch._C._len_torch_dispatch_stack
 
 
 def run(
@@ -23,7 +31,44 @@ def run(
 ) -> Any:
     """Heads-first: `[batch, num_heads, seqlen, head_dim]`."""
     assert isinstance(bias, Mask)
-    if scale <= 0:  # the causal dense kernels mask before they scale: 0 * -inf is NaN
+    if scale <= 0:  # the dense kernels with a causal mask do so before they scale: 0 * -inf is NaN
         query, scale = (query * 0, 1.0) if scale == 0 else (-query, -scale)
-    out, lse = Tiled.apply(query, key, value, bias, scale)  # type: ignore[no-untyped-call]
+    if _is_compiling() or (_modes_of_dispatch() and traced.can_be_written(bias)):  # fake tensors have no tables
+        out, lse = traced.tiled(query, key, value, bias, scale)
+    else:
+        out, lse = Tiled.apply(query, key, value, bias, scale)  # type: ignore[no-untyped-call]
     return (out, lse) if return_lse else out
+
+
+def refuse(problem: Problem) -> Iterator[Refusal]:
+    if problem.bias is None:
+        yield Refusal("bias", "takes problems with a mask, got none")
+    elif problem.compiling and not (isinstance(problem.bias, Mask) and traced.can_be_written(problem.bias)):
+        kinds = ", ".join(traced.KINDS)
+        yield Refusal("compiling", f"takes {kinds} in a graph, got {type(problem.bias).__name__}")
+
+
+KERNEL = Kernel(
+    name="torch/tiled",
+    run=run,
+    capabilities=Capabilities(
+        devices=ANY_DEVICE,
+        dtypes={torch.float32, torch.float64, torch.float16, torch.bfloat16},
+        head_dims=ANY_DIM,
+        biases={Mask, Segments},
+        backward=Backward(lse_grad=True, deterministic=True),
+        gqa=True,
+        return_lse=True,
+        deterministic=True,
+        compile=True,
+    ),
+    layout="heads-first",
+    refuse=refuse,
+    costs={
+        "cpu": Cost(call=250e-6, pair_dim=27e-12, pair=1.1e-9, token_dim=1.5e-9, backward=3.0, source=MEASURED),
+        "cuda": Cost(call=2e-3, pair_dim=60e-15, pair=30e-12, token_dim=4e-12),
+        "*": Cost(call=2e-3, pair_dim=30e-12, pair=2e-9, token_dim=2e-9),
+    },
+    skips={Mask, Segments},  # type: ignore[type-abstract]
+    work=work,
+)

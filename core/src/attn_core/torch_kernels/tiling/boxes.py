@@ -20,8 +20,10 @@ from .strips import Strips
 from .tables import Part
 from .windows import additive, interval_runs
 
-#: Queries of a box on each axis, by how many axes there are.
-BOXES = {2: (4, 8), 3: (2, 4, 4)}
+#: Queries of a box on each axis, by how many axes there are. Small boxes see little that none of their queries wants;
+#: larger ones have fewer gradients to add up.
+FORWARD_BOXES = {2: (2, 8), 3: (2, 2, 8)}
+BACKWARD_BOXES = {2: (8, 8), 3: (4, 4, 4)}
 
 
 def parts_of(mask: Neighborhood, backward: bool, like: Tensor) -> list[Part]:
@@ -37,17 +39,15 @@ def parts_of(mask: Neighborhood, backward: bool, like: Tensor) -> list[Part]:
             runs = interval_runs(*ranges[0], backward, like)
             found.append(Sequence(tuple(runs), starts[0], mask.dilation[0]))
         else:
-            found += _strips(mask, starts, ranges, like)
+            found += _strips(mask, starts, ranges, backward, like)
     return found
 
 
 def _strips(
-    mask: Neighborhood, starts: tuple[int, ...], ranges: list[tuple[Tensor, Tensor]], like: Tensor
+    mask: Neighborhood, starts: tuple[int, ...], ranges: list[tuple[Tensor, Tensor]], backward: bool, like: Tensor
 ) -> list[Part]:
-    sizes = [
-        box_size(size, stride, extent)
-        for size, stride, extent in zip(BOXES[len(ranges)], mask.stride, (len(first) for first, _ in ranges))
-    ]
+    boxes = (BACKWARD_BOXES if backward else FORWARD_BOXES)[len(ranges)]
+    sizes = [box_size(size, stride, len(first)) for size, stride, (first, _) in zip(boxes, mask.stride, ranges)]
     along, *across = (stretches(first, end, size) for (first, end), size in zip(ranges, sizes))
     found: list[Part] = []
     for strips in itertools.product(*across):

@@ -7,13 +7,15 @@ from collections.abc import Sequence as SequenceOf
 import torch
 from torch import Tensor
 
-from ...bias import Mask, Neighborhood
+from ...bias import Causal, Mask, Neighborhood, Segments
+from .blocks import block_runs
 from .boxes import parts_of
+from .documents import document_runs
 from .intervals import intervals
 from .runs import Run
 from .sequence import Sequence
 from .tables import TABLES, Tiling
-from .windows import band_runs
+from .windows import causal_runs, interval_runs
 
 WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
@@ -31,14 +33,23 @@ def cut(mask: Mask, backward: bool, like: Tensor) -> Tiling:
     seqlen_q = mask.bound_lengths()[0]
     if type(mask) is Neighborhood:
         return Tiling(tuple(parts_of(mask, backward, like)), covers=True, joins=False)
+    if type(mask) is Causal:
+        return of_runs(causal_runs(mask), seqlen_q)
+    if type(mask) is Segments:
+        return of_runs(document_runs(mask, backward, like), seqlen_q)
     ranges = intervals(mask)
     if ranges is not None:
-        return tiling_of_runs(band_runs(mask, *ranges, backward, like), seqlen_q)
-    raise NotImplementedError
+        return of_runs(interval_runs(*ranges, backward, like), seqlen_q)
+    batch, heads = mask.batch_and_heads
+    if batch == 1:
+        return of_runs(block_runs(mask, 0, like), seqlen_q, apart=heads != 1)
+    each = [of_runs(block_runs(mask, entry, like), seqlen_q, batch=entry) for entry in range(batch)]
+    covers, joins = all(tiling.covers for tiling in each), any(tiling.joins for tiling in each)
+    return Tiling(tuple(part for tiling in each for part in tiling.parts), covers, joins)
 
 
-def tiling_of_runs(runs: SequenceOf[Run], seqlen_q: int) -> Tiling:
+def of_runs(runs: SequenceOf[Run], seqlen_q: int, batch: int | None = None, apart: bool = False) -> Tiling:
     """One sequence of these runs."""
     first = sum(run.rows * run.count for run in runs if not run.more)
     joins = any(run.more for run in runs)
-    return Tiling((Sequence(tuple(runs)),), first == seqlen_q, joins)
+    return Tiling((Sequence(tuple(runs), batch=batch, apart=apart),), first == seqlen_q, joins)

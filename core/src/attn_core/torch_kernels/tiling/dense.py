@@ -26,6 +26,13 @@ def forward(
     if query.device.type == "cpu":
         out, lse = _flash(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
         return out, lse
+    return plain_forward(query, key, value, mask, causal, scale)
+
+
+def plain_forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The same by matrix products, for any device."""
     logits = _logits(query, key, mask, causal, scale)
     lse = torch.logsumexp(logits, -1)
     weights = _weights(logits, lse)
@@ -50,6 +57,21 @@ def backward(
     if query.device.type == "cpu":
         grads = _flash_backward(grad_out, query, key, value, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
         return grads[0], grads[1], grads[2]
+    return plain_backward(grad_out, query, key, value, out, lse, mask, causal, scale)
+
+
+def plain_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by matrix products, for any device."""
     heads, kv_heads = query.shape[1], key.shape[1]
     weights = _weights(_logits(query, key, mask, causal, scale), lse)
     to_weights = _grouped_product(grad_out, value.mT).to(weights.dtype)
@@ -58,7 +80,9 @@ def backward(
     weights = weights.to(query.dtype)
 
     def over_group(left: Tensor, right: Tensor) -> Tensor:  # [tiles, heads, columns, dim], summed to key heads
-        return (left.mT @ right).unflatten(1, (kv_heads, heads // kv_heads)).sum(2)
+        product = left.mT @ right
+        tiles, _, columns, dim = product.shape
+        return product.view(tiles, kv_heads, heads // kv_heads, columns, dim).sum(2)
 
     return _grouped_product(to_logits, key), over_group(to_logits, query), over_group(weights, grad_out)
 
@@ -81,5 +105,6 @@ def _grouped_product(left: Tensor, right: Tensor) -> Tensor:
     heads, kv_heads = left.shape[1], right.shape[1]
     if heads == kv_heads:
         return left @ right
-    product = left.unflatten(1, (kv_heads, heads // kv_heads)) @ right.unsqueeze(2)
+    tiles, _, rows, dim = left.shape
+    product = left.reshape(tiles, kv_heads, heads // kv_heads, rows, dim) @ right.unsqueeze(2)
     return product.flatten(1, 2)

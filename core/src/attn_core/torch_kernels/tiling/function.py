@@ -49,22 +49,26 @@ def backward(
     mask: Mask,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients to query, key and value."""
+    """Gradients to query, key and value, as `empty_like` makes them."""
     tiling = tiling_of(mask, query, backward=True)
-    dim = query.shape[3]
+    wide = WIDE.get(query.dtype, query.dtype)
+    given = operands = query, key, value
     empty = lse == MASKED
     if grad_lse is not None:  # a row without keys has a constant LSE
         grad_lse = grad_lse.masked_fill(empty, 0.0).unsqueeze(-1).to(out.dtype)
         grad_out, out = pad(grad_out, (0, COLUMNS), value=1.0), torch.cat([out, -grad_lse], -1)
         out = pad(out, (0, COLUMNS - 1))
-        query, key, value = (pad(x, (0, COLUMNS)) for x in (query, key, value))
+        operands = pad(query, (0, COLUMNS)), pad(key, (0, COLUMNS)), pad(value, (0, COLUMNS))
     lse = lse.masked_fill(empty, 0.0)
-    wide = WIDE.get(query.dtype, query.dtype)
-    grads = Grads(_readable(grad_out), *(torch.zeros_like(x, dtype=wide) for x in (query, key, value)))
-    operands = Lanes(_readable(query), _readable(key), _readable(value), _readable(out), lse, scale)
+    grads = Grads(_readable(grad_out), *(torch.zeros_like(x, dtype=wide) for x in operands))
+    lanes = Lanes._make((*map(_readable, operands), _readable(out), lse, scale))
     for part in tiling.parts:
-        part.backward(operands, grads)
-    return tuple(x[..., :dim].to(query.dtype) for x in grads[1:])  # type: ignore[return-value]
+        part.backward(lanes, grads)
+    query, key, value = (
+        made if made.shape == x.shape and made.dtype is x.dtype else torch.empty_like(x).copy_(made[..., : x.shape[3]])
+        for made, x in zip(grads[1:], given)
+    )
+    return query, key, value
 
 
 def _readable(tensor: Tensor) -> Tensor:
@@ -90,7 +94,44 @@ class Tiled(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
         if grad_out is None:
-            if grad_lse is None:
-                return None, None, None, None, None
             grad_out = torch.zeros_like(out)
-        return *backward(grad_out, grad_lse, query, key, value, out, lse, ctx.mask, ctx.scale), None, None
+        grads = TiledBackward.apply(grad_out, grad_lse, query, key, value, out, lse, ctx.mask, ctx.scale)  # type: ignore[no-untyped-call]
+        return *grads, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *operands: Any) -> Any:
+        return _over_samples(Tiled, info.batch_size, in_dims, operands), (0, 0)
+
+
+class TiledBackward(torch.autograd.Function):
+    """The backward, as a function of its own, so that vmap finds what to do with it."""
+
+    @staticmethod
+    def forward(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return backward(*operands)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError("torch/tiled: cannot be differentiated twice")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *operands: Any) -> Any:
+        return _over_samples(TiledBackward, info.batch_size, in_dims, operands), (0, 0, 0)
+
+
+def _over_samples(function: Any, size: int, in_dims: Any, operands: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """`function` of each of `size` samples: they are more batch entries, or one by one where the mask counts those."""
+    mask: Mask = operands[-2]
+    stacked = [
+        x if not isinstance(x, Tensor) else x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+        for x, dim in zip(operands, in_dims)
+    ]
+    if mask.batch_and_heads[0] == 1:
+        folded = [x.flatten(0, 1) if isinstance(x, Tensor) else x for x in stacked]
+        return tuple(x.unflatten(0, (size, -1)) for x in function.apply(*folded))
+    each = [function.apply(*(x[i] if isinstance(x, Tensor) else x for x in stacked)) for i in range(size)]
+    return tuple(torch.stack(results) for results in zip(*each))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...bias import Causal, Intersection, Mask, Segments, Window
+from ...bias import Causal, Intersection, Mask, Window
 
 
 class Stretch(NamedTuple):
@@ -22,7 +22,7 @@ class Stretch(NamedTuple):
     rows: int
     k0: int
     columns: int
-    count: int
+    count: int  # type: ignore[assignment]  # not tuple's
     k_step: int
     keep: Tensor | None  #: `[rows, columns]`, True = may attend; None: all of them
 
@@ -37,6 +37,8 @@ def intervals(mask: Mask) -> tuple[Tensor, Tensor] | None:
     None where the mask is not of such a kind.
     """
     seqlen_q, seqlen_kv = mask.bound_lengths()
+    left: int | None = None
+    right: int | None = 0
     if isinstance(mask, Intersection):
         parts = [intervals(part) for part in mask.parts]
         if any(part is None for part in parts):
@@ -44,11 +46,9 @@ def intervals(mask: Mask) -> tuple[Tensor, Tensor] | None:
         first = torch.stack([part[0] for part in parts if part is not None]).amax(0)
         end = torch.stack([part[1] for part in parts if part is not None]).amin(0)
         return first, torch.maximum(first, end)
-    if type(mask) is Causal:
-        left, right = None, 0
-    elif type(mask) is Window:
+    if type(mask) is Window:
         left, right = mask.left, mask.right
-    else:
+    elif type(mask) is not Causal:
         return None
     diagonal = torch.arange(seqlen_q, device="cpu") + mask.offset
     first = torch.zeros_like(diagonal) if left is None else (diagonal - left).clamp(0, seqlen_kv)

@@ -15,7 +15,7 @@ Query lane n reads key lane `n // (lanes // kv_lanes)`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,23 +28,34 @@ MASKED = dense.MASKED
 #: for the caches, and large enough for all threads to find work.
 FORWARD_BYTES = 1 << 20
 BACKWARD_BYTES = 4 << 20
+#: Bytes of what is made on the way to one element of a mask.
+RULE_BYTES = 16
+
+
+class Rule(Protocol):
+    """Makes the mask of tiles when it is needed, where those of all would be too large to keep."""
+
+    def of(self, run: Run) -> Tensor:
+        """Additive, `[count, 1 or lanes, rows, columns]`."""
+        ...
 
 
 class Run(NamedTuple):
-    """`count` tiles; tile i has the queries `[q0 + i * q_step, … + rows)` and the keys `[k0 + i * k_step, … + columns)`.
+    """`count` tiles; tile i has `rows` queries from `q0 + i * q_step` on, and `columns` keys from `k0 + i * k_step` on.
 
-    `mask` is additive, `[1 or count, 1 or lanes, rows, columns]`; None: every pair remains. `causal`: query i of a
-    tile sees its keys up to i. `more`: other runs have these queries, too, so that results are joined.
+    `mask` is additive, `[1 or count, 1 or lanes, rows, columns]`, or a rule that makes one for some of the tiles; None:
+    every pair remains. `causal`: query i of a tile sees its keys up to i. `more`: other runs have these queries, too,
+    so that results are joined.
     """
 
     q0: int
     k0: int
     rows: int
     columns: int
-    count: int = 1
+    count: int = 1  # type: ignore[assignment]  # not tuple's
     q_step: int = 0
     k_step: int = 0
-    mask: Tensor | None = None
+    mask: Tensor | Rule | None = None
     causal: bool = False
     empty_rows: bool = False  #: the mask leaves some queries without a key
     more: bool = False
@@ -75,11 +86,12 @@ def forward(runs: Sequence[Run], lanes: Lanes) -> None:
     dim = lanes.query.shape[2] * lanes.query.element_size()
     for run in runs:
         for batch, part in _batches(run, lanes, run.rows * dim, FORWARD_BYTES):
+            mask = _mask(batch)
             query, key, value = _queries(batch, part.query), _keys(batch, part.key), _keys(batch, part.value)
-            out, lse = dense.forward(query, key, value, batch.mask, batch.causal, part.scale)
+            out, lse = dense.forward(query, key, value, mask, batch.causal, part.scale)
             if batch.empty_rows:
-                assert batch.mask is not None
-                lse = lse.masked_fill((batch.mask == MASKED).all(-1), MASKED)
+                assert mask is not None
+                lse = lse.masked_fill((mask == MASKED).all(-1), MASKED)
             to_out, to_lse = _queries(batch, part.out), _queries(batch, part.lse.unsqueeze(-1)).squeeze(-1)
             if batch.more:
                 _join(to_out, to_lse, out, lse)
@@ -109,7 +121,7 @@ def backward(runs: Sequence[Run], lanes: Lanes, grads: Grads) -> None:
                 value,
                 _queries(batch, part.out),
                 _queries(batch, part.lse.unsqueeze(-1)).squeeze(-1),
-                batch.mask,
+                _mask(batch),
                 batch.causal,
                 part.scale,
             )
@@ -119,6 +131,10 @@ def backward(runs: Sequence[Run], lanes: Lanes, grads: Grads) -> None:
                 _queries(batch, grad.query).copy_(to_query)
             _add_keys(batch, grad.key, to_key)
             _add_keys(batch, grad.value, to_value)
+
+
+def _mask(run: Run) -> Tensor | None:
+    return run.mask if run.mask is None or isinstance(run.mask, Tensor) else run.mask.of(run)
 
 
 def _queries(run: Run, lanes: Tensor) -> Tensor:
@@ -176,6 +192,8 @@ def _cuts(run: Run, lanes: Lanes, tile_bytes: int, bound: int) -> Iterator[Cut]:
     """(range of tiles, slices of query and of key lanes); None where that is all of them."""
     num_lanes, num_key_lanes = lanes.query.shape[0], lanes.key.shape[0]
     group = num_lanes // num_key_lanes
+    if run.mask is not None and not isinstance(run.mask, Tensor):  # which is made together with the results
+        tile_bytes += RULE_BYTES * run.rows * run.columns // num_lanes
     tiles = bound // (tile_bytes * num_lanes)
     if tiles >= run.count:
         yield None, None, None
@@ -195,16 +213,28 @@ def _cuts(run: Run, lanes: Lanes, tile_bytes: int, bound: int) -> Iterator[Cut]:
 
 def _some_tiles(run: Run, tiles: tuple[int, int] | None, lanes: slice | None) -> Run:
     mask = run.mask
-    if mask is not None and lanes is not None and mask.shape[1] != 1:
-        mask = mask[:, lanes]
     if tiles is None:
-        return run if mask is run.mask else run._replace(mask=mask)
+        return run
     first, end = tiles
-    if mask is not None and mask.shape[0] != 1:
-        mask = mask[first:end]
-    return run._replace(
-        q0=run.q0 + first * run.q_step, k0=run.k0 + first * run.k_step, count=end - first, mask=mask
-    )
+    if isinstance(mask, Tensor):
+        if lanes is not None and mask.shape[1] != 1:
+            mask = mask[:, lanes]
+        if mask.shape[0] != 1:
+            mask = mask[first:end]
+    elif mask is not None and lanes is not None:
+        mask = SomeLanes(mask, lanes)
+    return run._replace(q0=run.q0 + first * run.q_step, k0=run.k0 + first * run.k_step, count=end - first, mask=mask)
+
+
+class SomeLanes(NamedTuple):
+    """A rule, of which some lanes are wanted."""
+
+    rule: Rule
+    lanes: slice
+
+    def of(self, run: Run) -> Tensor:
+        mask = self.rule.of(run)
+        return mask if mask.shape[1] == 1 else mask[:, self.lanes]
 
 
 def _some_lanes(lanes: Lanes, queries: slice | None, keys: slice | None) -> Lanes:

@@ -84,7 +84,7 @@ class Strips:
             _add(grad_value, key_places, given.value.view(keys.shape))
 
     def tables(self) -> int:
-        return sum(run.mask.nbytes for run in self.runs if run.mask is not None)
+        return sum(run.mask.nbytes for run in self.runs if isinstance(run.mask, Tensor))
 
     def _cuts(
         self, operands: Lanes, grads: Grads | None = None
@@ -122,7 +122,7 @@ class Strips:
 
     def _grid(self, tensor: Tensor) -> Tensor:
         """`[batch, heads, *extents, dim]`, of the points that count; a view."""
-        grid = tensor.unflatten(2, self.extents)
+        grid: Tensor = tensor.unflatten(2, self.extents)  # type: ignore[no-untyped-call]
         for axis, (start, step) in enumerate(zip(self.starts, self.steps)):
             if step != 1:
                 grid = grid[(slice(None),) * (2 + axis) + (slice(start, None, step),)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...bias import Causal, Mask
+from ...bias import Causal
 from .intervals import Stretch, stretches
 from .runs import MASKED, Run
 
@@ -16,13 +16,6 @@ FORWARD_ROWS = 32
 #: the rest, which does look alike, in other runs.
 UNLIKE = 16
 ROWS_OF_UNLIKE = 256
-
-
-def band_runs(mask: Mask, first: Tensor, end: Tensor, backward: bool, like: Tensor) -> list[Run]:
-    """Runs for a mask whose queries see the keys `[first, end)`; the masks as `like` in dtype and device."""
-    if type(mask) is Causal:
-        return causal_runs(mask)
-    return interval_runs(first, end, backward, like)
 
 
 def causal_runs(mask: Causal) -> list[Run]:
