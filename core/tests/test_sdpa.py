@@ -285,12 +285,12 @@ def test_a_bias_may_stand_in_place_of_the_mask():
     torch.testing.assert_close(scaled_dot_product_attention(*x, attn_mask=Window(2, 0)), wanted)
 
 
-def test_the_signature_is_torchs():
+def test_the_signature_is_torchs_and_another_name_for_is_causal():
     parameters = inspect.signature(scaled_dot_product_attention).parameters
     assert list(parameters) == [
-        *("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"),
+        *("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa", "causal"),
     ]
-    assert [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY] == ["scale", "enable_gqa"]
+    assert [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY] == ["scale", "enable_gqa", "causal"]
     x = operands(SHAPES["4-D"][:3])
     torch.testing.assert_close(
         scaled_dot_product_attention(*x, None, 0.0, True), F.scaled_dot_product_attention(*x, None, 0.0, True)

@@ -9,6 +9,8 @@ from .bias import (
     BlockMask,
     Cached,
     Causal,
+    CausalBias,
+    CausalVariant,
     Intersection,
     KeyPadding,
     Mask,
@@ -24,6 +26,8 @@ from .bias import (
     TensorBias,
     Window,
     as_bias,
+    causal_lower_right,
+    causal_upper_left,
     mask_mod,
     score_mod,
 )
@@ -55,6 +59,7 @@ from .reference import reference_attention
 from .register_sdpa import register_sdpa
 from .registry import Plugin, Registration, registry
 from .scope import allow, prefer, refresh
+from .usage import Usage, count_usage
 
 __all__ = [
     "ANY_DEVICE",
@@ -68,6 +73,8 @@ __all__ = [
     "CalibrationWarning",
     "Capabilities",
     "Causal",
+    "CausalBias",
+    "CausalVariant",
     "Cost",
     "DeclarationError",
     "DuplicateKernelError",
@@ -102,12 +109,16 @@ __all__ = [
     "UnboundBiasError",
     "UnknownKernelError",
     "Unusable",
+    "Usage",
     "Verdict",
     "Window",
     "Work",
     "allow",
     "as_bias",
     "attention",
+    "causal_lower_right",
+    "causal_upper_left",
+    "count_usage",
     "explain",
     "explain_problem",
     "hookimpl",

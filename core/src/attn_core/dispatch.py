@@ -8,7 +8,7 @@ can run without another look. Subclasses and symbolic shapes are never kept, and
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from .bias import AttnBias, Causal, TensorBias, as_bias
 from .bind import bind, under_autocast
 from .bind import heads_of as layout_of
 from .broadcast import broadcasting
+from .by_methods import REASON, by_its_rule, check_options, dispatched, materialized, name_of
 from .door import HEADS_FIRST, HEADS_LAST, examine, foreign, refuse_pages
 from .errors import AttnError, InputTypeError
 from .kernel import Bound
@@ -30,6 +31,9 @@ from .scope import Choice, Scope, current
 from .select import Candidate, choose, with_plain_lengths
 from .tracing import constant
 
+if TYPE_CHECKING:
+    from .usage import Usage
+
 _is_grad_enabled = torch.is_grad_enabled
 _is_deterministic = torch._C._get_deterministic_algorithms
 _stock_sdpa = torch._C._nn.scaled_dot_product_attention
@@ -38,7 +42,8 @@ _stock_sdpa = torch._C._nn.scaled_dot_product_attention
 ATTENTION = 0  #: heads-last, four dimensions
 SDPA = 1  #: heads-first, any leading dimensions
 SDPA_GQA = 2  #: the same, with enable_gqa=True
-
+#: What the doors are called.
+NAMES = ("attention", "scaled_dot_product_attention", "scaled_dot_product_attention")
 
 #: What a call asks beside its operands and bias: (door, scale, softcap, dropout_p, return_lse, kernel).
 Options = tuple[int, float | None, float | None, float, bool, str | None]
@@ -127,11 +132,17 @@ def choose_anew(
     """Makes the choice for a call, and keeps it where all that is looked at is plain; `asked` is None where not."""
     generation = registry.generation
     converted = as_bias(bias)
+    if converted is not None and converted.by_methods:
+        return by_methods(scope, converted, options)
+    if not (converted is bias or type(converted) is TensorBias):  # another library's mask: what it means may be kept
+        return calling_with(lambda query, bias: as_bias(bias), options)
     run = decide(scope, query, key, value, converted, options)
     ours = run.candidate is not None  # type: ignore[attr-defined]  # else handed to torch: may not even have strides
-    seen = converted is bias or type(bias) in PLAIN  # what another library's mask holds is not looked at
+    seen = converted is bias or type(bias) in PLAIN
     if converted is not bias:
         run = converting(run, TensorBias if seen else as_bias)
+    if scope.usages:
+        run = counting(run, scope.usages, NAMES[options[0]])
     if ours and seen and asked is not None and all(type(tensor) in PLAIN for tensor in looked_at):
         place = asked, query.shape, key.shape
         scope.keep(asked, place, (recogniser(looked_at), autocast_of(query), run), generation)
@@ -145,6 +156,47 @@ def converting(run: Bound, convert: Callable[[Any], AttnBias | None]) -> Bound:
         return run(query, key, value, convert(bias))
 
     return _made_for(converted, run.candidate, run.problem)  # type: ignore[attr-defined]
+
+
+def by_methods(scope: Scope, bias: AttnBias, options: Options) -> Bound:
+    """The function for a bias that is known by its three methods; for one call, since they may answer otherwise."""
+    door, scale, softcap, dropout_p, return_lse, kernel = options
+    if bias.needs_materialization():
+        return calling_with(lambda query, bias: materialized(as_bias(bias), query), options)
+    check_options(bias, softcap, return_lse, kernel)
+
+    def dispatching(query: Tensor, key: Tensor, value: Tensor, bias: Any) -> Any:
+        return dispatched(as_bias(bias), query, key, value, scale, dropout_p, door == ATTENTION, door != SDPA)
+
+    run: Bound = dispatching
+    if scope.recorders:
+        run = recording(run, scope.recorders, name_of(bias), None, reason=REASON)
+    return counting(run, scope.usages, NAMES[door])
+
+
+def calling_with(made: Callable[[Tensor, Any], AttnBias | None], options: Options) -> Bound:
+    """The same call with the bias that `made` makes of the query and the call's own; its choice is kept."""
+    door, scale, softcap, dropout_p, return_lse, kernel = options
+
+    def calling(query: Tensor, key: Tensor, value: Tensor, bias: Any) -> Any:
+        bias = made(query, bias)
+        return call(door, query, key, value, bias, scale, softcap, dropout_p, return_lse, kernel)
+
+    return calling
+
+
+def counting(run: Bound, usages: tuple[Usage, ...], door: str) -> Bound:
+    """`run`, whose calls are counted by kind of bias; itself where nobody counts."""
+    if not usages:
+        return run
+
+    def counted(query: Tensor, key: Tensor, value: Tensor, bias: Any) -> Any:
+        result = run(query, key, value, bias)
+        for usage in usages:
+            usage.add(door, bias)
+        return result
+
+    return _made_for(counted, getattr(run, "candidate", None), getattr(run, "problem", None))
 
 
 def decide(scope: Scope, query: Tensor, key: Tensor, value: Tensor, bias: AttnBias | None, options: Options) -> Bound:
@@ -196,7 +248,7 @@ def asked(
     return_lse: bool,
 ) -> Problem:
     """The problem that a call would put to the kernels. Raises what the call would raise."""
-    bias = as_bias(bias)
+    bias = by_its_rule(as_bias(bias), query, "explain")
     if door != ATTENTION:
         refuse_pages(bias)
     if door != ATTENTION and what_is_foreign(query, key, value) is None:

@@ -1,10 +1,12 @@
 """The one reader of environment variables.
 
-ATTN_PLUGINS   allow-list of plugins, comma-separated; set but empty: the built-in alone
-ATTN_BLOCK     deny-list of plugins: not even imported
-ATTN_PREFER    kernel name patterns, the most preferred first, such as "flash/*,torch/flash"
-ATTN_ALLOW     what else may be chosen: "approximate"
-ATTN_COSTS     the file of measured constants; set but empty: those that are shipped
+ATTN_PLUGINS      allow-list of plugins, comma-separated; set but empty: the built-in alone
+ATTN_BLOCK        deny-list of plugins: not even imported
+ATTN_PREFER       kernel name patterns, the most preferred first, such as "flash/*,torch/flash"
+ATTN_ALLOW        what else may be chosen: "approximate"
+ATTN_COSTS        the file of measured constants; set but empty: those that are shipped
+ATTN_TENSOR_MASK  what a plain tensor as attn_mask gets: "silent", "warn" or "error"
+ATTN_USAGE        a file to which calls are added when the process ends, counted by kind of bias
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from pathlib import Path
 from .errors import InputError
 
 ALLOWABLE = frozenset({"approximate"})
+TENSOR_MASK = ("silent", "warn", "error")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +29,12 @@ class Environment:
     prefer: tuple[str, ...] = ()
     allow: frozenset[str] = frozenset()
     costs: str | None = None  #: None: a file in the user's cache
+    tensor_mask: str = "warn"
+    usage: str | None = None  #: None: nothing is counted
 
 
 def read_environment() -> Environment:
-    """What the ATTN_* variables say now. Raises InputError for a value that ATTN_ALLOW does not know."""
+    """What the ATTN_* variables say now. Raises InputError for a value that one of them does not know."""
     plugins = os.environ.get("ATTN_PLUGINS")
     return Environment(
         plugins=None if plugins is None else _listed(plugins),
@@ -37,6 +42,8 @@ def read_environment() -> Environment:
         prefer=_listed(os.environ.get("ATTN_PREFER", "")),
         allow=check_allowed(_listed(os.environ.get("ATTN_ALLOW", "")), "ATTN_ALLOW"),
         costs=os.environ.get("ATTN_COSTS"),
+        tensor_mask=_checked_tensor_mask(os.environ.get("ATTN_TENSOR_MASK") or "warn"),
+        usage=os.environ.get("ATTN_USAGE") or None,
     )
 
 
@@ -60,6 +67,12 @@ def check_allowed(names: tuple[str, ...], where: str) -> frozenset[str]:
     if unknown:
         raise InputError(f"{where}: takes {', '.join(sorted(ALLOWABLE))}; got {', '.join(map(repr, unknown))}")
     return frozenset(names)
+
+
+def _checked_tensor_mask(word: str) -> str:
+    if word not in TENSOR_MASK:
+        raise InputError(f"ATTN_TENSOR_MASK: takes {', '.join(TENSOR_MASK)}; got {word!r}")
+    return word
 
 
 def _listed(text: str) -> tuple[str, ...]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .bias import AttnBias
+from .bias import AttnBias, as_bias
+from .by_methods import REASON, check_options, name_of
 from .dispatch import ATTENTION, SDPA, SDPA_GQA, asked
 from .errors import InputError, NoKernelError
 from .problem import Problem
@@ -18,6 +19,9 @@ from .select import Candidate, consider, rank
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+
+OWN_DISPATCH = "note: the bias brings its own call, so no kernel is asked; the problem is shown without it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +143,12 @@ def explain(
     here, but a verdict.
     """
     door = door_of(layout, enable_gqa)
+    given = as_bias(bias)
+    if given is not None and given.by_methods and not given.needs_materialization():
+        check_options(given, softcap, return_lse, kernel)
+        problem = asked(door, query, key, value, None, scale, None, dropout_p, False)
+        verdict = Verdict(kernel=name_of(given), state="chosen", reasons=(REASON,))
+        return Explanation(problem=problem, verdicts=(verdict,), notes=(OWN_DISPATCH,))
     problem = asked(door, query, key, value, bias, scale, softcap, dropout_p, return_lse)
     return explain_problem(problem, kernel=kernel)
 

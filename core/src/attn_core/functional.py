@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from .bias import AttnBias, Causal
-from .dispatch import ATTENTION, SDPA, SDPA_GQA, call
+from .by_methods import with_causal
+from .dispatch import ATTENTION, PLAIN, SDPA, SDPA_GQA, call
 from .errors import InputError
+from .tensor_mask import notice, notice_traced
+from .tensor_mask import seen as _seen_places
 from .trace import traced
 
 _is_tracing = torch.compiler.is_dynamo_compiling
 _TOP_LEFT = Causal("top-left")
+_frame = sys._getframe
 
 
 @overload
@@ -100,21 +105,37 @@ def scaled_dot_product_attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
+    causal: bool | None = None,
 ) -> Tensor:
     """torch.nn.functional.scaled_dot_product_attention, with its signature, by the best kernel that takes the problem.
 
     Operands are `[..., seqlen, head_dim]` with any leading dimensions, heads before the sequence. `is_causal=True` has
-    its corner at the top left, as in torch. `attn_mask` may also be a bias. Tensors that the core does not model
-    (nested, DTensor and other subclasses) are handed to torch unchanged.
+    its corner at the top left, as in torch; `causal` is another name of it. `attn_mask` may also be a bias; a plain
+    tensor is deprecated, and warned of as ATTN_TENSOR_MASK says. Tensors that the core does not model (nested, DTensor
+    and other subclasses) are handed to torch unchanged.
 
-    Raises what `attention` raises, and InputError for `attn_mask` together with `is_causal`.
+    Raises what `attention` raises, and InputError for `is_causal=True` beside a plain tensor or a bias that is causal
+    by itself (any other bias is taken together with it), or where `is_causal` and `causal` disagree.
     """
     bias: Any = attn_mask
+    if causal is not None:
+        is_causal = _agreed(is_causal, causal)
     if is_causal:
-        if attn_mask is not None:
-            raise InputError("attn_mask: must be None where is_causal=True; put the causal mask into attn_mask instead")
-        bias = _TOP_LEFT
+        bias = _TOP_LEFT if attn_mask is None else with_causal(attn_mask, query)
     door = SDPA_GQA if enable_gqa else SDPA
     if _is_tracing():
+        if attn_mask is not None and type(attn_mask) in PLAIN:
+            notice_traced()
         return traced(door, query, key, value, bias, scale, None, dropout_p, False, None)  # type: ignore[no-any-return]
+    if attn_mask is not None and type(attn_mask) in PLAIN:
+        frame = _frame(1)
+        if id(frame.f_code) + frame.f_lasti not in _seen_places:
+            notice(frame)
     return call(door, query, key, value, bias, scale, None, dropout_p, False, None)  # type: ignore[no-any-return]
+
+
+def _agreed(is_causal: bool, causal: bool) -> bool:
+    """The one of two names that was given. Raises InputError where they disagree; `is_causal=False` says nothing."""
+    if is_causal and not causal:
+        raise InputError("is_causal, causal: two names of one argument, got True and False")
+    return causal

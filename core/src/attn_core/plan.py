@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .bias import AttnBias, as_bias
-from .dispatch import decide, explain_failure
+from .dispatch import counting, decide, explain_failure
 from .errors import InputTypeError, PlanError
 from .explain import Explanation, door_of, weighed
 from .kernel import Bound
@@ -54,6 +54,11 @@ def plan(
     """
     door = door_of(layout, enable_gqa)
     given = as_bias(bias)
+    if given is not None and given.by_methods:
+        raise InputTypeError(
+            f"plan: {type(given).__name__} is asked anew at every call, by its methods; call attention, or plan with"
+            " TensorBias(bias.materialize(device))"
+        )
     settings = current.get().settings
     # A scope without the recorders that are open now: a plan outlives them, and asks at each call who listens.
     options = door, scale, softcap, dropout_p, return_lse, kernel
@@ -119,8 +124,8 @@ class Plan:
             self._refuse(query, key, value)
         bias = self._bias if bias is None else self._given(bias)
         try:
-            if _current().recorders:
-                return self._recorded()(query, key, value, bias)
+            if _current().watched:
+                return self._watched()(query, key, value, bias)
             return self._run(query, key, value, bias)
         except Exception as error:
             explain_failure(self._run, error)
@@ -133,9 +138,11 @@ class Plan:
     def __repr__(self) -> str:
         return f"<Plan: {self.kernel} for {self.problem}>"
 
-    def _recorded(self) -> Bound:
+    def _watched(self) -> Bound:
+        scope = _current()
         adaptations = self._run.candidate.adaptations  # type: ignore[attr-defined]
-        return recording(self._run, _current().recorders, self.kernel, self.problem, adaptations)
+        run = recording(self._run, scope.recorders, self.kernel, self.problem, adaptations)
+        return counting(run, scope.usages, "plan")
 
     def _given(self, bias: AttnBias | Tensor) -> AttnBias | None:
         given = as_bias(bias)

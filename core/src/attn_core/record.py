@@ -156,7 +156,7 @@ class record:  # noqa: N801  (reads as a verb: `with record() as calls`)
     def __enter__(self) -> Recorder:
         recorder = Recorder()
         outer = current.get()
-        scope = scope_for(outer.settings, (*outer.recorders, recorder))
+        scope = scope_for(outer.settings, (*outer.recorders, recorder), outer.usages)
         self._entered.append(current.set(scope))
         return recorder
 

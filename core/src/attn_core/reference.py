@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .bias import AttnBias, as_bias
 from .bias.paged import in_a_row
+from .by_methods import by_its_rule
 
 MASKED = float("-inf")
 
@@ -43,7 +44,7 @@ def reference_attention(
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     group = query.shape[2] // key.shape[2]
-    bound = as_bias(bias)
+    bound = by_its_rule(as_bias(bias), query, "reference_attention")
     if bound is not None:
         key, value, bound = in_a_row(key, value, bound)
         bound = bound.bind(query.shape[1], key.shape[1])

@@ -25,9 +25,11 @@ import torch
 from .environment import check_allowed, read_environment
 from .errors import InputError
 from .registry import registry
+from .tensor_mask import forget as forget_places
 
 if TYPE_CHECKING:
     from .record import Recorder
+    from .usage import Usage
 
 #: Choices kept per scope; the oldest goes when a new one comes.
 TABLE_SIZE = 4096
@@ -59,10 +61,14 @@ class Scope(dict[Any, tuple[Choice, ...]]):
     table: where kernels came or went in between, what is written goes into a dict that nobody reads any more.
     """
 
-    def __init__(self, settings: Settings | None, recorders: tuple[Recorder, ...] = ()) -> None:
+    def __init__(
+        self, settings: Settings | None, recorders: tuple[Recorder, ...] = (), usages: tuple[Usage, ...] = ()
+    ) -> None:
         super().__init__()
         self._settings = settings
         self.recorders = recorders
+        self.usages = usages
+        self.watched = bool(recorders or usages)
         self.latest: dict[Any, Choice] = {}
         with _lock:
             _alive[id(self)] = self
@@ -73,11 +79,16 @@ class Scope(dict[Any, tuple[Choice, ...]]):
         if self._settings is None:
             environment = read_environment()
             self._settings = Settings(prefer=environment.prefer, allow=environment.allow)
+            if environment.usage is not None:
+                from .usage import usage_of_process  # of no use to anybody else
+
+                self.usages = (usage_of_process(environment.usage),)
+                self.watched = True
         return self._settings
 
     def forget_settings(self) -> None:
         """Asks the environment again, at next use."""
-        self._settings = None
+        self._settings, self.usages, self.watched = None, (), False
 
     def keep(self, asked: Any, place: Any, choice: Choice, generation: int) -> None:
         """Stores a choice made at that generation of the registry, dropping the oldest where the table is full.
@@ -129,16 +140,20 @@ def _reflect(settings: Settings) -> None:
     mirror.prefer, mirror.approximate = settings.prefer, "approximate" in settings.allow
 
 
-def scope_for(settings: Settings, recorders: tuple[Recorder, ...] = ()) -> Scope:
-    """The scope of these settings, with the choices made before under the same."""
-    if recorders:  # the functions that it keeps count into these recorders, so its table is its own
-        return Scope(settings, recorders)
+def scope_for(
+    settings: Settings, recorders: tuple[Recorder, ...] = (), usages: tuple[Usage, ...] | None = None
+) -> Scope:
+    """The scope of these settings, with the choices made before under the same; `usages` None: those of the process."""
+    if usages is None:
+        usages = _base.usages
+    if recorders or usages != _base.usages:  # what it keeps counts into these, so its table is its own
+        return Scope(settings, recorders, usages)
     if settings == _base.settings:
         return _base
     with _lock:
         found = _warm.pop(settings, None)
         if found is None:  # an empty one is falsy, and as good
-            found = Scope(settings)
+            found = Scope(settings, (), usages)
         _warm[settings] = found  # moved to the end: the one left alone for longest goes first
         while len(_warm) > SCOPES_KEPT:
             del _warm[next(iter(_warm))]
@@ -158,6 +173,9 @@ def refresh() -> None:
     Kernels registered in this process are forgotten. Scopes that are open keep their settings.
     """
     _base.forget_settings()
+    with _lock:
+        _warm.clear()  # they count where the variables said
+    forget_places()
     _reflect(current.get().settings)
     registry.reload()
 
@@ -190,7 +208,7 @@ class _ScopeContext:
         outer = current.get()
         prefer, approximate = self._derive(outer.settings.prefer, "approximate" in outer.settings.allow)
         allow = outer.settings.allow | {"approximate"} if approximate else outer.settings.allow
-        scope = scope_for(replace(outer.settings, prefer=prefer, allow=allow), outer.recorders)
+        scope = scope_for(replace(outer.settings, prefer=prefer, allow=allow), outer.recorders, outer.usages)
         _entered.set((*_entered.get(), (self, current.set(scope))))
         _reflect(scope.settings)
         return self

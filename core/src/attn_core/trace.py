@@ -28,8 +28,9 @@ from .bias.base import known
 from .bind import bind
 from .bind import heads_of as layout_of
 from .broadcast import broadcasting
+from .by_methods import REASON, check_options, dispatched, materialized, name_of
 from .cost import seconds
-from .dispatch import ATTENTION, SDPA_GQA, as_under_autocast, autocast_of, stock_sdpa, what_is_foreign
+from .dispatch import ATTENTION, SDPA, SDPA_GQA, as_under_autocast, autocast_of, stock_sdpa, what_is_foreign
 from .door import HEADS_FIRST, HEADS_LAST, check_bias, compute_capability, examine, lengths_of, refuse_pages
 from .errors import InputError, InputTypeError, NoKernelError
 from .kernel import Run
@@ -65,6 +66,10 @@ def traced(
     asked = scale, softcap, dropout_p, return_lse, kernel
     if bias is not None:
         bias = as_bias(bias)
+        if bias is not None and bias.by_methods:
+            if not bias.needs_materialization():
+                return by_own_dispatch(door, query, key, value, bias, asked)
+            bias = materialized(bias, query)
         if door:
             refuse_pages(bias)
     if type(query) is not Tensor or type(key) is not Tensor or type(value) is not Tensor:
@@ -80,6 +85,23 @@ def traced(
             folded = fold(query, key, value, bias)
             return unfold(_chosen(SDPA_GQA, *folded, asked))
     return _chosen(door, query, key, value, bias, asked)
+
+
+def by_own_dispatch(
+    door: int, query: Tensor, key: Tensor, value: Tensor, bias: AttnBias, asked: tuple[Any, ...]
+) -> Tensor:
+    """A bias's own call inside a graph: all of it is traced."""
+    scale, softcap, dropout_p, return_lse, kernel = asked
+    check_options(bias, softcap, return_lse, kernel)
+    note_own(name_of(bias))
+    return dispatched(bias, query, key, value, scale, dropout_p, door == ATTENTION, door != SDPA)
+
+
+@constant
+def note_own(name: str) -> None:
+    """Tells the recorders of this task; runs once, when the graph is traced."""
+    for recorder in current.get().recorders:
+        recorder.note_traced(name, (), REASON)
 
 
 def _chosen(door: int, query: Tensor, key: Tensor, value: Tensor, bias: AttnBias | None, asked: Asked) -> Any:

@@ -18,6 +18,7 @@ from .score_function import ScoreMod, score_mod
 from .segments import Segments
 from .sum import Sum
 from .tensor import TensorBias
+from .torch_names import CausalBias, CausalVariant, causal_lower_right, causal_upper_left
 from .window import Window
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "BlockMask",
     "Cached",
     "Causal",
+    "CausalBias",
+    "CausalVariant",
     "Intersection",
     "KeyPadding",
     "Mask",
@@ -41,6 +44,8 @@ __all__ = [
     "TensorBias",
     "Window",
     "as_bias",
+    "causal_lower_right",
+    "causal_upper_left",
     "mask_mod",
     "score_mod",
 ]

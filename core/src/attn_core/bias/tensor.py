@@ -24,6 +24,8 @@ class TensorBias(Kind):
     """
 
     tensor: Tensor
+    #: The class of the bias that materialized it, of those that are known by their methods alone.
+    made_by: type[AttnBias] | None = None
 
     by_methods = False  # what it materializes is what it holds
 
@@ -58,7 +60,8 @@ class TensorBias(Kind):
     def __repr__(self) -> str:
         grad = ", requires_grad" if self.tensor.requires_grad else ""
         name = str(self.tensor.dtype).removeprefix("torch.")
-        return f"TensorBias({list(self.tensor.shape)} {name}{grad})"
+        by = f", from {self.made_by.__name__}.materialize" if self.made_by else ""
+        return f"TensorBias({list(self.tensor.shape)} {name}{grad}{by})"
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
@@ -107,7 +110,7 @@ class TensorBias(Kind):
         shape = self.tensor.shape
         rows, columns = (1, 1, *shape)[-2:]
         if len(shape) > 4 or (rows != 1 and rows != seqlen_q) or (columns != 1 and columns != seqlen_kv):
-            raise InputError(_misfit(list(shape), seqlen_q, seqlen_kv))
+            raise InputError(self._misfit(list(shape), seqlen_q, seqlen_kv))
         return self.at((seqlen_q, seqlen_kv))
 
     def at(self, lengths: tuple[int, int]) -> TensorBias:
@@ -154,11 +157,12 @@ class TensorBias(Kind):
         """The tensor itself, moved where `device` is another."""
         return self.tensor if device is None else self.tensor.to(device)
 
-
-def _misfit(shape: list[int], seqlen_q: int, seqlen_kv: int) -> str:
-    wanted = f"[batch, num_heads, seqlen_q={seqlen_q}, seqlen_kv={seqlen_kv}]"
-    text = f"bias: a tensor of shape {shape} does not broadcast to {wanted}"
-    if len(shape) > 4:
-        return f"{text}: it has {len(shape)} dimensions"
-    axes = zip(("seqlen_q", "seqlen_kv"), (1, 1, *shape)[-2:], (seqlen_q, seqlen_kv))
-    return f"{text}: {', '.join(f'{axis} is {got}' for axis, got, want in axes if got not in (1, want))}"
+    def _misfit(self, shape: list[int], seqlen_q: int, seqlen_kv: int) -> str:
+        wanted = f"[batch, num_heads, seqlen_q={seqlen_q}, seqlen_kv={seqlen_kv}]"
+        text = f"bias: a tensor of shape {shape} does not broadcast to {wanted}"
+        if self.made_by is not None:
+            text = f"bias: {self.made_by.__name__}.materialize gave {shape}, which does not broadcast to {wanted}"
+        if len(shape) > 4:
+            return f"{text}: it has {len(shape)} dimensions"
+        axes = zip(("seqlen_q", "seqlen_kv"), (1, 1, *shape)[-2:], (seqlen_q, seqlen_kv))
+        return f"{text}: {', '.join(f'{axis} is {got}' for axis, got, want in axes if got not in (1, want))}"
