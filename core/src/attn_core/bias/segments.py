@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,8 +15,8 @@ from ..errors import InputError, InputTypeError
 from ..tracing import constant
 from .base import Mask, Rule, TileKind, _is_tracing, known
 from .causal import Causal
-from .diagonal import check_corner_is_decided
-from .documents import WHOLE, Band, common_band, key_ranges, numbers, pack, rows_of, unpack, without_empty
+from .document_lengths import lengths_between, packed_documents, whole_numbers
+from .documents import WHOLE, Band, common_band, key_ranges, numbers, rows_of, unpack, without_empty
 from .window import Window
 
 SHOWN = 12  #: so many documents are listed by repr, before and after the rest
@@ -61,16 +60,18 @@ class Segments(Mask):
         starts_kv: Sequence[int] | None = None,
         lengths: tuple[int, int] | None = None,
     ) -> None:
-        queries = _numbers("seqlens_q", seqlens_q)
-        keys = queries if seqlens_kv is None else _numbers("seqlens_kv", seqlens_kv)
-        starts = None if starts_kv is None else _numbers("starts_kv", starts_kv)
+        queries = whole_numbers("seqlens_q", seqlens_q)
+        keys = queries if seqlens_kv is None else whole_numbers("seqlens_kv", seqlens_kv)
+        starts = None if starts_kv is None else whole_numbers("starts_kv", starts_kv)
         if within is not None and not isinstance(within, (Causal, Window)):
             raise InputTypeError(f"Segments: within takes Causal, Window or None, got {type(within).__name__}")
         if within is not None and within.lengths is not None:
             raise InputError(
                 f"Segments: within must not be bound, as each document has its own lengths; got {within!r}"
             )
-        self._set(_packed(queries, keys, starts, _kind(within), band_of(within)), within, starts is not None, lengths)
+        self._set(
+            packed_documents(queries, keys, starts, _kind(within), band_of(within)), within, starts is not None, lengths
+        )
 
     def _set(self, packed: bytes, within: Causal | Window | None, has_gaps: bool, lengths: Any) -> None:
         object.__setattr__(self, "packed", packed)
@@ -93,8 +94,8 @@ class Segments(Mask):
         A tensor is read once, which waits for its device; while a graph is traced it cannot be read. Raises InputError,
         naming the index, for offsets that decrease or do not begin at 0.
         """
-        keys = None if offsets_kv is None else _differences("offsets_kv", offsets_kv)
-        return cls(_differences("offsets_q", offsets_q), keys, within=within)
+        keys = None if offsets_kv is None else lengths_between("offsets_kv", offsets_kv)
+        return cls(lengths_between("offsets_q", offsets_q), keys, within=within)
 
     def __repr__(self) -> str:
         queries, keys, starts = self.seqlens_q, self.seqlens_kv, self.starts_kv
@@ -260,72 +261,6 @@ def _within(band: Band) -> Causal | Window | None:
 
 def _kind(within: Causal | Window | None) -> str:
     return "Causal" if isinstance(within, Causal) else "Window"
-
-
-# What is passed in
-
-
-def _numbers(name: str, values: Any) -> tuple[int, ...]:
-    """The ints that a caller gave; numbers that are symbolic become constants of the graph."""
-    if isinstance(values, (Tensor, str)) or not isinstance(values, Sequence):
-        hint = "; Segments.from_offsets takes tensors of offsets" if isinstance(values, Tensor) else ""
-        raise InputTypeError(f"Segments: {name} must be a sequence of ints, got {type(values).__name__}{hint}")
-    made: list[int] = []
-    for n, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-            raise InputTypeError(f"Segments: {name} must be ints, got {value!r} for document {n}")
-        made.append(operator.index(value))
-    return tuple(made)
-
-
-def _differences(name: str, offsets: Any) -> list[int]:
-    if isinstance(offsets, Tensor):
-        if _is_tracing():
-            raise InputTypeError(
-                f"Segments: {name} is a tensor, whose values cannot be read while a graph is traced; give ints, or make"
-                " the Segments before and pass it in"
-            )
-        if offsets.ndim != 1 or offsets.is_floating_point() or offsets.is_complex() or offsets.dtype is torch.bool:
-            raise InputTypeError(
-                f"Segments: {name} must be integers, [documents + 1], got {offsets.dtype} of shape"
-                f" {list(offsets.shape)}"
-            )
-        offsets = offsets.tolist()
-    values = _numbers(name, offsets)
-    if not values or values[0] != 0:
-        raise InputError(f"Segments: {name}[0] must be 0, where the first document begins, got {list(values[:1])}")
-    for n, (start, end) in enumerate(itertools.pairwise(values)):
-        if end < start:
-            raise InputError(f"Segments: {name} must not decrease, got {name}[{n}]={start}, {name}[{n + 1}]={end}")
-    return [end - start for start, end in itertools.pairwise(values)]
-
-
-@constant
-def _packed(
-    queries: tuple[int, ...], keys: tuple[int, ...], starts: tuple[int, ...] | None, kind: str, band: Band
-) -> bytes:
-    """The documents, checked."""
-    for name, values in (("seqlens_kv", keys), ("starts_kv", starts)):
-        if values is not None and len(values) != len(queries):
-            raise InputError(f"Segments: seqlens_q has {len(queries)} documents, {name} has {len(values)}")
-    for name, values in (("seqlens_q", queries), ("seqlens_kv", keys), ("starts_kv", starts)):
-        for n, value in enumerate(values or ()):
-            if value < 0:
-                raise InputError(f"Segments: {name} must be >= 0, got {value} for document {n}")
-    if starts is not None:
-        for n, (start, size, following) in enumerate(zip(starts, keys, starts[1:])):
-            if following < start + size:
-                raise InputError(
-                    f"Segments: keys must not overlap or go back, got keys {start} to {start + size} for document {n}"
-                    f" and starts_kv={following} for document {n + 1}"
-                )
-    if band != WHOLE:
-        for n, (seqlen_q, seqlen_kv) in enumerate(zip(queries, keys)):
-            try:
-                check_corner_is_decided(kind, band[2], seqlen_q, seqlen_kv)
-            except InputError as error:
-                raise InputError(f"Segments: in document {n}, {error}") from None
-    return pack(queries, keys, starts)
 
 
 def _shown(values: Sequence[int]) -> str:
