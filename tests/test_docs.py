@@ -33,14 +33,14 @@ ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "docs" / "reference"
 
 
-def load_generator():
-    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-generate = load_generator()
+generate, pictures = load("generate"), load("pictures")
 PAGES = generate.documents()
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 
@@ -293,6 +293,32 @@ def test_command_lines_in_the_documents_work(alone, tmp_path, monkeypatch):
     for line in lines:
         result = CliRunner().invoke(main, shlex.split(line)[1:])
         assert result.exit_code == 0, f"{line}: {result.output}"
+
+
+# Pictures
+
+
+def test_every_picture_shows_what_the_line_below_it_draws(tmp_path):
+    lines = pictures.lines()
+    assert sorted(lines) == sorted(path.name for path in pictures.PICTURES.iterdir())
+    for name, line in lines.items():
+        assert pictures.same(pictures.PICTURES / name, pictures.drawn(name, line, tmp_path)), "python docs/pictures.py"
+
+
+def test_a_picture_of_another_matrix_or_title_is_not_the_same(tmp_path):
+    one, other, titled = (tmp_path / f"{name}.png" for name in ("one", "other", "titled"))
+    line = "attn show 'Causal()' --seqlen 4 --out {}.png"
+    pictures.drawn("one.png", line.format("one"), tmp_path)
+    pictures.drawn("other.png", line.format("other").replace("Causal()", "Window(3, 1)"), tmp_path)
+    pictures.drawn("titled.png", line.format("titled").replace("Causal()", "Causal(None)"), tmp_path)
+    assert pictures.same(one, one)
+    assert not pictures.same(one, other)
+    assert not pictures.same(one, titled)
+    assert not pictures.same(tmp_path / "absent.png", one)
+
+
+def test_pictures_are_small():
+    assert all(path.stat().st_size < 30_000 for path in pictures.PICTURES.iterdir())
 
 
 # Links

@@ -1,12 +1,10 @@
 """`attn show` draws what an expression means, in the terminal and as a PNG that is whole or not there."""
 
 import io
-import json
 import os
-import struct
 import sys
-import zlib
 
+import matplotlib.image
 import pytest
 import torch
 from attn_core import ALiBi, Causal, Neighborhood, Segments, TensorBias, Window
@@ -14,8 +12,9 @@ from attn_core.bias.drawing import cells
 from attn_core.cli import main, picture
 from attn_core.cli.expression import parse
 from attn_core.cli.lengths import lengths_of
-from attn_core.cli.picture import Panel, painted, png
+from attn_core.cli.picture import Panel, painted, png, read
 from click.testing import CliRunner
+from matplotlib.colors import to_rgb
 
 INF = float("inf")
 
@@ -31,30 +30,9 @@ def words(text):
     return " ".join(text.split())
 
 
-def description(data):
-    """What the PNG says of itself, read chunk by chunk."""
-    place = 8
-    while place < len(data):
-        (size,) = struct.unpack(">I", data[place : place + 4])
-        kind, body = data[place + 4 : place + 8], data[place + 8 : place + 8 + size]
-        assert struct.unpack(">I", data[place + 8 + size : place + 12 + size])[0] == zlib.crc32(kind + body)
-        if kind == b"tEXt" and body.startswith(b"Description\0"):
-            return json.loads(body.partition(b"\0")[2])
-        place += 12 + size
-    raise AssertionError("no description")
-
-
 def pixels(data):
     """The middle of every cell of every panel: `[rows, columns, 3]` in [0, 1]."""
-    import matplotlib.image
-
-    image = torch.from_numpy(matplotlib.image.imread(io.BytesIO(data)).copy())[..., :3]
-    found = []
-    for panel in description(data):
-        rows = panel["top"] + panel["cell"] * torch.arange(panel["rows"]) + panel["cell"] // 2
-        columns = panel["left"] + panel["cell"] * torch.arange(panel["columns"]) + panel["cell"] // 2
-        found.append(image[rows[:, None], columns])
-    return found
+    return [drawn.colours for drawn in read(data)]
 
 
 def same_colours(seen, wanted):
@@ -168,7 +146,7 @@ def test_several_share_one_picture(tmp_path):
     assert len(seen) == len(texts)
     for text, panel in zip(texts, seen):
         same_colours(panel, painted(cells(parse(text).bind(9, 9)))[0])
-    titles = [panel["title"] for panel in description(out.read_bytes())]
+    titles = [panel.title for panel in read(out.read_bytes())]
     assert titles == ["Causal()", "Window(2, 0)", "KeyPadding([2, 9]), batch entry 0", "ALiBi(4), head 0"]
 
 
@@ -176,6 +154,16 @@ def test_the_chosen_head_and_batch_entry_are_in_the_picture(tmp_path):
     out = tmp_path / "a.png"
     attn("ALiBi(2)", "--seqlen", "4", "--head", "1", "--out", str(out))
     same_colours(pixels(out.read_bytes())[0], painted(cells(ALiBi(2).bind(4, 4), head=1))[0])
+
+
+def test_what_is_read_from_a_picture_is_in_its_pixels():
+    data = png([Panel(title="one cell", cells=torch.zeros(1, 1, dtype=torch.float64))])
+    image = torch.from_numpy(matplotlib.image.imread(io.BytesIO(data)).copy())[..., :3]
+    kept = torch.tensor(to_rgb(picture.KEPT))
+    is_kept = ((image - kept).abs() < 0.005).all(-1)
+    rows, columns = is_kept.any(1).sum().item(), is_kept.any(0).sum().item()
+    assert (rows, columns, is_kept.sum().item()) == (picture.MAX_CELL, picture.MAX_CELL, picture.MAX_CELL**2)
+    same_colours(read(data)[0].colours, kept.expand(1, 1, 3))
 
 
 def test_a_mask_has_two_colours_and_scores_have_shades_between_the_least_and_the_most():
@@ -198,7 +186,7 @@ def test_a_picture_takes_the_place_of_the_one_before(tmp_path):
     out = tmp_path / "mask.PNG"
     out.write_bytes(b"before")
     attn("Causal()", "--seqlen", "3", "--out", str(out))
-    assert description(out.read_bytes())[0]["title"] == "Causal()"
+    assert read(out.read_bytes())[0].title == "Causal()"
     assert list(tmp_path.iterdir()) == [out]
 
 

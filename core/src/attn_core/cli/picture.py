@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..bias.drawing import is_mask
@@ -40,6 +41,14 @@ class Panel:
 
     title: str
     cells: Tensor  #: `[seqlen_q, seqlen_kv]`, as `attn_core.bias.drawing.cells` has them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """One matrix that was read from a picture."""
+
+    title: str
+    colours: Tensor  #: `[seqlen_q, seqlen_kv, 3]` in [0, 1]
 
 
 def check(path: Path) -> None:
@@ -82,13 +91,15 @@ def png(panels: list[Panel]) -> bytes:
         places.append({"title": panel.title, "left": left, "top": top, **_draw(figure, panel, left, top)})
     file = io.BytesIO()
     # Without the version of matplotlib, which says nothing of the picture.
-    figure.savefig(file, format="png", metadata={"Description": json.dumps(places), "Software": None})
+    metadata = {"Description": json.dumps(places), "Software": None}
+    figure.savefig(file, format="png", metadata=metadata, pil_kwargs={"optimize": True})
     return file.getvalue()
 
 
 def _cell(panel: Panel) -> int:
     """Pixels of a cell."""
-    return max(1, min(MAX_CELL, SIDE // max(1, *panel.cells.shape)))
+    rows, columns = panel.cells.shape
+    return max(1, min(MAX_CELL, SIDE // max(1, rows, columns)))
 
 
 def _size(panel: Panel) -> tuple[int, int]:
@@ -159,3 +170,19 @@ def painted(cells: Tensor) -> tuple[Any, tuple[float, float] | None]:
     rgb[~finite.numpy()] = colors.to_rgb(ODD)
     rgb[values == float("-inf")] = colors.to_rgb(MASKED)
     return rgb, scale
+
+
+def read(data: bytes) -> list[Drawn]:
+    """The matrices of a PNG that `png` made: the colour in the middle of each cell."""
+    image_module = _library("PIL.Image")
+    with image_module.open(io.BytesIO(data)) as image:
+        places = json.loads(image.text["Description"])
+        flat = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+        pixels = flat.reshape(image.height, image.width, 3) / 255
+    found = []
+    for place in places:
+        cell = place["cell"]
+        rows = place["top"] + cell * torch.arange(place["rows"]) + cell // 2
+        columns = place["left"] + cell * torch.arange(place["columns"]) + cell // 2
+        found.append(Drawn(title=place["title"], colours=pixels[rows[:, None], columns]))
+    return found
