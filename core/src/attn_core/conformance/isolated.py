@@ -12,6 +12,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -77,8 +78,9 @@ class _Child:
         self._read, write = os.pipe()
         command = [sys.executable, "-m", __package__, kernel, device, only or "", str(first), str(write)]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  (a pipe would fill up)
         self._process = subprocess.Popen(
-            command, pass_fds=(write,), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            command, pass_fds=(write,), env=environment, stdout=subprocess.DEVNULL, stderr=self._errors
         )
         os.close(write)
         self._late: float | None = None
@@ -88,7 +90,8 @@ class _Child:
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
+        self._errors.close()
         os.close(self._read)
 
     def lines(self, limit: float) -> Iterator[dict[str, Any]]:
@@ -113,8 +116,8 @@ class _Child:
         """How it ended, in words."""
         if self._late is not None:
             return f"did not end within {self._late:g} s"
-        _, errors = self._process.communicate()
-        code = self._process.returncode
-        last = errors.strip().splitlines()[-1:] or [""]
+        code = self._process.wait()
+        self._errors.seek(0)
+        last = self._errors.read().strip().splitlines()[-1:] or [""]
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         return f"the process {how}{f': {last[0]}' if last[0] else ''}"
