@@ -442,6 +442,18 @@ def test_a_gradient_reaches_a_captured_tensor_in_a_graph():
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+def test_in_a_graph_no_kernel_without_a_backward_takes_what_may_need_one(dynamic):
+    inputs = operands()
+    slopes = SLOPES.clone().requires_grad_()
+    for grad, kernel in ((True, "torch/reference"), (False, "torch/flex")):
+        torch._dynamo.reset()
+        with torch.set_grad_enabled(grad), prefer("torch/flex"), record() as calls:
+            compiled = torch.compile(built_score, fullgraph=True, dynamic=dynamic, backend="eager")
+            torch.testing.assert_close(compiled(*inputs, slopes), built_score(*inputs, slopes))
+        assert {row.kernel for row in calls} == {kernel}
+
+
 def test_functions_are_exported():
     class Model(torch.nn.Module):
         def forward(self, query, key, value, document):

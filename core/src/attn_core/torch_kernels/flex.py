@@ -6,16 +6,17 @@ On the CPU, FlexAttention has no backward, and outside a compiled graph it is no
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..bias import AttnBias, Mask, Score, ScoreMod, Sum, TensorBias
-from ..capabilities import ANY_DIM, Backward, Capabilities
+from ..capabilities import ANY_DIM, Backward, Capabilities, Refusal
 from ..cost import Cost
 from ..kernel import Kernel
+from ..problem import Problem
 from .flex_forms import block_mask_of, score_mod_of
 from .measured import MEASURED
 
@@ -53,6 +54,13 @@ def run(
         return_aux=AuxRequest(lse=True) if return_lse else None,
     )
     return (result[0], result[1].lse) if return_lse else result
+
+
+def refuse(problem: Problem) -> Iterator[Refusal]:
+    unseen = problem.compiling and not problem.is_cuda and torch.is_grad_enabled() and problem.bias is not None
+    if unseen and any(isinstance(part, ScoreMod) for part in problem.bias.scores):  # type: ignore[union-attr]
+        text = "has no backward, and in a graph it is not seen whether what a ScoreMod captures needs a gradient"
+        yield Refusal("backward", f"{text}; under torch.no_grad() none does")
 
 
 _cached_block_mask = functools.lru_cache(maxsize=64)(block_mask_of)
@@ -98,6 +106,7 @@ KERNEL = Kernel(
         ),
     ),
     layout="heads-first",
+    refuse=refuse,
     costs={
         "cpu": Cost(call=4.5e-3, pair_dim=26e-12, pair=6.6e-9, token_dim=0.4e-9, mask=11e-9, source=MEASURED),
         "cuda": Cost(call=80e-6, pair_dim=12e-15, pair=0.4e-12, token_dim=1e-12, mask=1e-12),
