@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..bias import AttnBias, as_bias
+from ..bias import AttnBias, Paged, as_bias
+from ..bias.paged import in_a_row
 
 MASKED = float("-inf")
 
@@ -30,6 +31,8 @@ def naive_attention(
 ) -> tuple[Tensor, Tensor]:
     """`(out, lse)` of heads-last operands: `[batch, seqlen_q, num_heads, head_dim_v]` in their dtype and
     `[batch, num_heads, seqlen_q]` in float32 (float64 for float64)."""
+    if bias is not None:
+        key, value, bias = in_a_row(key, value, bias)
     query, key, value = _heads_first(query, key, value, bias)
     wide = torch.float64 if query.dtype is torch.float64 else torch.float32
     logits = _logits(query, key, bias, scale, softcap, wide)
@@ -66,6 +69,9 @@ def terms_of(
     in float32 or better, so this counts for those dtypes alone.
     """
     group = query.shape[2] // key.shape[2]
+    num_pages, pages = key.shape[0], None if bias is None else bias.paged
+    if bias is not None:
+        key, value, bias = in_a_row(key, value, bias)
     dtype = query.dtype
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     query, key, value = (x.detach().double() for x in _heads_first(query, key, value, bias))
@@ -84,7 +90,8 @@ def terms_of(
 
     def grouped(x: Tensor) -> Tensor:  # [batch, num_heads, seqlen_kv, dim] -> heads-last, summed over a group of heads
         batch, num_heads, seqlen_kv, dim = x.shape
-        return x.reshape(batch, num_heads // group, group, seqlen_kv, dim).sum(2).transpose(1, 2)
+        rows = x.reshape(batch, num_heads // group, group, seqlen_kv, dim).sum(2).transpose(1, 2)
+        return rows if pages is None else _in_pages(rows, pages, num_pages)
 
     return Terms(
         out=(weights @ value.abs()).transpose(1, 2),
@@ -95,6 +102,15 @@ def terms_of(
         value=grouped(weights.mT @ grad),
         bias=to_logits,
     )
+
+
+def _in_pages(rows: Tensor, pages: Paged, num_pages: int) -> Tensor:
+    """`[num_pages, page_size, …]`: each page the sum of its places in `[batch, seqlen_kv, …]`."""
+    into = rows.new_zeros(num_pages, pages.page_size, *rows.shape[2:])
+    if num_pages == 0:
+        return into
+    table = pages.page_table.to(rows.device).long().reshape(-1).clamp(0, num_pages - 1)
+    return into.index_add(0, table, rows.reshape(-1, *into.shape[1:]))
 
 
 def _heads_first(query: Tensor, key: Tensor, value: Tensor, bias: AttnBias | None) -> tuple[Tensor, Tensor, Tensor]:

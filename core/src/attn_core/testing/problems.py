@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..bias import AttnBias, KeyPadding, TensorBias
+from ..bias import AttnBias, Cached, KeyPadding, Paged, TensorBias
 from ..bias.joint import Joint
 from ..problem import Problem
 
@@ -46,7 +46,8 @@ def build(
 
     Args:
         problem: the tensors of its bias have shapes and dtypes only (meta); they are filled here.
-            `strided_head_dim` gives every operand a strided last dimension, and then `layout` does not count.
+            `strided_head_dim` gives every operand a strided last dimension, and then `layout` does not count. With
+            Paged, key and value are pages, some of them shared; `pool_of` says how many.
         seed: the same seed gives the same numbers on every machine.
         layout: "contiguous"; "heads-first": stored `[batch, num_heads, seqlen, head_dim]`; "packed": slices of wider
             tensors, as a fused projection gives them.
@@ -64,8 +65,9 @@ def build(
 
     p = problem
     query_shape = (p.batch, p.seqlen_q, p.num_heads, p.head_dim)
-    key_shape = (p.batch, p.seqlen_kv, p.num_kv_heads, p.head_dim)
-    value_shape = (p.batch, p.seqlen_kv, p.num_kv_heads, p.head_dim_v)
+    pages = (bias if bias is not None else p.bias).paged if p.in_pages else None  # type: ignore[union-attr]
+    rows = (p.batch, p.seqlen_kv) if pages is None else (pool_of(pages), pages.page_size)
+    key_shape, value_shape = (*rows, p.num_kv_heads, p.head_dim), (*rows, p.num_kv_heads, p.head_dim_v)
     query, key, value = normal(*query_shape) * magnitude, normal(*key_shape) * magnitude, normal(*value_shape)
     if p.strided_head_dim:
         query, key, value = (_strided(x) for x in (query, key, value))
@@ -98,6 +100,12 @@ def build(
     )
 
 
+def pool_of(bias: Paged) -> int:
+    """So many pages are made for a table: each sequence has its own order of most of them."""
+    batch, max_pages = bias.page_table.shape
+    return max_pages + batch
+
+
 def _strided(tensor: Tensor) -> Tensor:
     """The same values, every second element of a wider tensor."""
     return torch.stack([tensor, torch.full_like(tensor, float("nan"))], -1)[..., 0]
@@ -113,6 +121,17 @@ def _filled(bias: AttnBias, generator: torch.Generator, empty_rows: bool) -> Att
         if empty_rows and seqlens.numel():
             seqlens[0] = 0
         return bias.with_held({"seqlens": seqlens.to(bias.seqlens.dtype)})
+    if isinstance(bias, (Cached, Paged)):
+        seqlens = torch.randint(0, bias.bound_lengths()[1] + 1, bias.seqlens_kv.shape, generator=generator)
+        if empty_rows and seqlens.numel():
+            seqlens[0] = 0
+        held = {"seqlens_kv": seqlens.to(bias.seqlens_kv.dtype)}
+        if isinstance(bias, Paged):
+            pool, (batch, max_pages) = pool_of(bias), bias.page_table.shape
+            table = torch.rand(batch, pool, generator=generator).argsort(1)[:, :max_pages]
+            behind = torch.arange(max_pages) * bias.page_size >= seqlens[:, None]
+            held["page_table"] = table.masked_fill(behind, -1).to(bias.page_table.dtype)
+        return bias.with_held(held)
     if isinstance(bias, TensorBias):
         return bias.with_held({"tensor": _dense(bias.tensor, generator, empty_rows)})
     held = bias.held()

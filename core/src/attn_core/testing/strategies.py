@@ -11,7 +11,19 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from ..bias import ALiBi, AttnBias, Causal, KeyPadding, Neighborhood, RelPosTable, Sum, TensorBias, Window
+from ..bias import (
+    ALiBi,
+    AttnBias,
+    Cached,
+    Causal,
+    KeyPadding,
+    Neighborhood,
+    Paged,
+    RelPosTable,
+    Sum,
+    TensorBias,
+    Window,
+)
 from ..problem import Problem
 from .problems import LAYOUTS
 
@@ -22,8 +34,12 @@ HEAD_DIMS = (1, 3, 8, 9, 16, 24, 32, 40, 64, 65, 72, 130, 257)
 SCALES = (None, None, None, 1.0, 0.05, 0.0, -0.3)
 SOFTCAPS = (None, None, None, 0.5, 3.0, 30.0)
 #: Kinds whose sums are drawn; those of two masks are intersections.
-PARTS = (Causal, Window, KeyPadding, Neighborhood, ALiBi, TensorBias)
-KINDS = (None, None, Causal, Window, KeyPadding, TensorBias, TensorBias, Neighborhood, ALiBi, RelPosTable, Sum, Sum)
+PARTS = (Causal, Window, KeyPadding, Cached, Neighborhood, ALiBi, TensorBias)
+KINDS = (
+    *(None, None, Causal, Window, KeyPadding, Cached, Paged),
+    *(TensorBias, TensorBias, Neighborhood, ALiBi, RelPosTable, Sum, Sum),
+)
+PAGE_SIZES = (1, 2, 4, 16)
 CORNERS = ("top-left", "bottom-right")
 LIMITS = (None, 0, 1, 2, 4, 16)
 
@@ -78,7 +94,7 @@ def biases(draw: Any, batch: int, num_heads: int, seqlen_q: int, seqlen_kv: int,
     kind = draw(st.sampled_from(KINDS))
     if kind is Sum:
         parts = [kind for kind in PARTS if kind is not Neighborhood or seqlen_q == seqlen_kv > 0]
-        first, second = draw(st.sampled_from(parts)), draw(st.sampled_from(parts))
+        first, second = draw(st.sampled_from((*parts, Paged))), draw(st.sampled_from(parts))  # one pool of pages
         added: AttnBias = draw(_of_kind(first, *sizes, dtype)) + draw(_of_kind(second, *sizes, dtype))
         return added
     if kind in (Neighborhood, RelPosTable) and not seqlen_q == seqlen_kv > 0:
@@ -98,6 +114,15 @@ def _of_kind(
         return Window(draw(st.sampled_from(LIMITS)), draw(st.sampled_from(LIMITS)), corner)
     if kind is KeyPadding:
         return KeyPadding(torch.empty(batch, dtype=torch.int64, device="meta"))
+    if kind in (Cached, Paged):
+        window = Window(draw(st.sampled_from(LIMITS)), draw(st.sampled_from(LIMITS)), corner)
+        within = draw(st.sampled_from((None, Causal(corner), window)))
+        seqlens = torch.empty(batch, dtype=torch.int64, device="meta")
+        if kind is Cached:
+            return Cached(seqlens, within=within)
+        page_size = draw(st.sampled_from([size for size in PAGE_SIZES if seqlen_kv % size == 0]))
+        table = torch.empty(batch, seqlen_kv // page_size, dtype=torch.int32, device="meta")
+        return Paged(table, seqlens, page_size, within=within)
     if kind is Neighborhood:
         kernel = draw(st.integers(1, seqlen_q))
         stride, dilation = draw(st.integers(1, kernel)), draw(st.integers(1, seqlen_q // kernel))
