@@ -11,6 +11,7 @@ from attn_core import (
     InputError,
     KeyPadding,
     Neighborhood,
+    PrefixLM,
     RelPosTable,
     Segments,
     TensorBias,
@@ -36,6 +37,8 @@ BIASES = [
     KeyPadding([6, 2]),
     Segments([2, 4], within=Causal()),
     Neighborhood((2, 3), kernel_size=(1, 2)),
+    PrefixLM([0, 4]),
+    mask_mod(lambda b, h, q, k: (q - k) % (2 + b) == h, batch=2, num_heads=3),
     Causal() & KeyPadding([6, 2]),
     ALiBi(3),
     ALiBi(2, table(2, 2).exp()),
@@ -107,6 +110,14 @@ def test_a_trained_bias_is_drawn_without_a_graph():
     drawn = RelPosTable(table(1, 3).requires_grad_(), 2).bind(2, 2)
     assert not cells(drawn).requires_grad
     assert drawn.draw()
+
+
+def test_a_function_of_the_logit_is_drawn_by_what_becomes_of_0():
+    distance = score_mod(lambda score, b, h, q, k: score - (q - k).abs() * (h + 1))
+    bound = (distance + Causal()).bind(3, 3)
+    wanted = torch.tensor([[0.0, -INF, -INF], [-1, 0, -INF], [-2, -1, 0]], dtype=torch.float64)
+    assert torch.equal(cells(bound), wanted)
+    assert bound.draw() == "█··\n▓█·\n░▓█\n" + bound.draw().splitlines()[-1]
 
 
 def test_a_large_matrix_is_cut_and_says_so():

@@ -19,6 +19,7 @@ from attn_core import (
     KeyPadding,
     Neighborhood,
     Paged,
+    PrefixLM,
     RelPosTable,
     Segments,
     TensorBias,
@@ -60,7 +61,7 @@ def documents(draw):
     return Segments(queries, keys, within=within, starts_kv=starts)
 
 
-masks = bands | neighborhoods() | documents()
+masks = bands | neighborhoods() | documents() | st.builds(PrefixLM, st.integers(0, 9), corners)
 
 
 @st.composite
@@ -126,6 +127,7 @@ MEANT = {
     "tensor([[0, 1.5], [-inf, 2]])": TensorBias(torch.tensor([[0, 1.5], [float("-inf"), 2]])),
     "tensor([[0.5], [1.0]]) + Causal()": TensorBias(torch.tensor([[0.5], [1.0]])) + Causal(),
     "ALiBi(2, slopes=tensor([0.5, 0.25]))": ALiBi(2, torch.tensor([0.5, 0.25])),
+    "PrefixLM([2, 3], 'top-left')": PrefixLM([2, 3], "top-left"),
     "Paged([[2, 0], [2, 1]], [3, 4], 2)": Paged([[2, 0], [2, 1]], [3, 4], 2),
     "BlockMask(tensor([[True, False], [True, True]]), 2)": BlockMask(torch.tensor([[1, 0], [1, 1]]).bool(), 2),
     "BlockMask.from_mask(Causal(), 6, 6, 2)": BlockMask.from_mask(Causal(), 6, 6, 2),
