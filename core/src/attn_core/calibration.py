@@ -33,8 +33,8 @@ from .registry import registry
 SEED = 20261121
 #: Problems per kernel and direction, and what the longest may take by the estimate that is there so far.
 PROBLEMS, LONGEST = 24, 80e-3
-#: Seconds for one kernel; and how often a problem is measured at least.
-BUDGET, ROUNDS = 12.0, 3
+#: Seconds for one kernel; and how often a problem is measured at least, unless that takes twice as long.
+BUDGET, ROUNDS = 10.0, 3
 #: What one figure is taken over, where a call takes less: a clock has limits.
 LEAST = 200e-6
 
@@ -137,7 +137,7 @@ def _first(kernel: Kernel, kind: str, grad: bool) -> bool:
 
 
 def least_times(calls: Sequence[Callable[[], object]], budget: float, rounds: int = ROUNDS) -> list[float]:
-    """Seconds of each call, the least of those measured: `rounds` at least, and more while the budget lasts."""
+    """Seconds of each call, the least of those measured: in `rounds` at least, and more while the budget lasts."""
     least, repeats = [], []
     start = time.perf_counter()
     for call in calls:
@@ -151,7 +151,7 @@ def least_times(calls: Sequence[Callable[[], object]], budget: float, rounds: in
     gc.disable()
     try:
         done = 0
-        while done < rounds or time.perf_counter() - start < budget:
+        while (spent := time.perf_counter() - start) < budget or (done < rounds and spent < 2 * budget):
             chance.shuffle(order)
             for place in order:
                 least[place] = min(least[place], _timed(calls[place], repeats[place]))
@@ -303,12 +303,17 @@ def kernels_to_measure(pattern: str = "*") -> list[Kernel]:
     return found
 
 
-def calibrate(pattern: str = "*", budget: float = BUDGET) -> Iterator[Fit | Rates]:
-    """Measures one kernel after the other, and at last the adaptations; yields each as it is done."""
+def calibrate(
+    pattern: str = "*", budget: float = BUDGET, tell: Callable[[str], None] = lambda name: None
+) -> Iterator[Fit | Rates]:
+    """Measures one kernel after the other, and at last the adaptations; yields each as it is done, and tells what is
+    next."""
     for kernel in kernels_to_measure(pattern):
+        tell(kernel.name)
         fit = calibrate_kernel(kernel, budget)
         if fit is not None:
             yield fit
+    tell("adaptations")
     yield calibrate_rates(budget / 2)
 
 

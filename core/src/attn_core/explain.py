@@ -208,7 +208,14 @@ def _notes(problem: Problem, candidates: list[Candidate]) -> tuple[str, ...]:
     sources = {c.kernel.cost(problem.device).source for c in candidates if c.takes}
     if "prior" in sources:
         notes.append("note: ~ marks an estimate from constants that were not measured on such a device")
+    calibrated = [c.kernel.name for c in candidates if c.takes and _is_calibrated(c.kernel.cost(problem.device).source)]
+    if calibrated:
+        notes.append(f"note: calibrated on this machine: the constants of {', '.join(calibrated)}")
     return tuple(notes)
+
+
+def _is_calibrated(source: str) -> bool:
+    return source.startswith("calibrated")
 
 
 def _time(verdict: Verdict) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 import click
 import torch
 
-from ..environment import Environment, read_environment
+from ..costs_file import SOURCE
+from ..environment import Environment, path_of_costs, read_environment
 from ..errors import suggestion
 from ..registry import registry
 from ..versions import core_version
@@ -29,10 +30,10 @@ class Finding:
     """Something that is not as it could be.
 
     `state` is "broken" (somebody should act), or "absent", "unavailable", "failed" (it can be like that on purpose),
-    or, for a variable, "ignored" (it has no effect).
+    or, for a variable or the file of measured costs, "ignored" (it has no effect).
     """
 
-    what: str  #: "plugin", "kernel", "command" or "variable"
+    what: str  #: "plugin", "kernel", "command", "variable" or "costs"
     name: str
     state: str
     reason: str
@@ -81,8 +82,17 @@ def environment() -> dict[str, Any]:
         "CUDA of torch": torch.version.cuda or torch.version.hip or "none: built without",
         "GPUs": _gpus() or "none",
         "threads of torch": torch.get_num_threads(),
+        "estimates": _estimates(),
         "CPU": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
     }
+
+
+def _estimates() -> str:
+    """Where the constants of the estimates come from."""
+    measured = registry.calibration
+    if measured is None:
+        return "by the shipped constants"
+    return f"{SOURCE} ({path_of_costs(read_environment())}): {', '.join(sorted(measured.costs))}"
 
 
 def variables_in_force() -> dict[str, str]:
@@ -105,6 +115,9 @@ def findings() -> Iterator[Finding]:
             yield Finding(what="kernel", name=kernel.name, state=condition.state, reason=text, fix=fix)
     for name, reason in broken_commands().items():
         yield Finding(what="command", name=name, state="broken", reason=reason)
+    if registry.ignored_costs is not None:
+        path, reason = registry.ignored_costs
+        yield Finding(what="costs", name=path, state="ignored", reason=reason, fix="attn calibrate")
     yield from _findings_of_variables()
 
 
