@@ -73,7 +73,11 @@ class AttnBias(ABC):
 
     @Derived
     def key(self) -> Hashable:
-        """All that a kernel's choice or memory safety may depend on, without the data."""
+        """All that a kernel's choice or memory safety may depend on, without the data. Raises InputTypeError where
+        calls go by the three methods: what these answer depends on anything."""
+        raise InputTypeError(f"{type(self).__name__}: known by its methods alone")
+
+    def _compared(self) -> Hashable:
         return (type(self), *[look(value) for _, value in parameters(self)], self.lengths)
 
     def __eq__(self, other: object) -> bool:
@@ -81,10 +85,10 @@ class AttnBias(ABC):
             return NotImplemented
         assert isinstance(other, AttnBias)
         pairs = zip(self.held().values(), other.held().values())
-        return self.key == other.key and all(a is b or a.is_meta or torch.equal(a, b) for a, b in pairs)
+        return self._compared() == other._compared() and all(a is b or a.is_meta or torch.equal(a, b) for a, b in pairs)
 
     def __hash__(self) -> int:
-        return hash(self.key)
+        return hash(self._compared())
 
     def __add__(self, other: AttnBias | Tensor) -> AttnBias:
         """Both at once: what is added is summed, what is masked by either stays masked."""
@@ -288,6 +292,14 @@ class Kind(AttnBias):
     """
 
     by_methods = False
+
+    @Derived
+    def key(self) -> Hashable:
+        """All that a kernel's choice or memory safety may depend on, without the data."""
+        return super()._compared()
+
+    def _compared(self) -> Hashable:
+        return self.key
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
