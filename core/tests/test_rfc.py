@@ -469,6 +469,15 @@ def test_training_a_table_by_steps_sees_each_step(operands):
     assert losses[0] > losses[1] > losses[2]
 
 
+def test_two_of_the_same_class_and_fields_are_equal_and_it_has_no_key(table):
+    one, same, other = TensorBias(table), TensorBias(table.clone()), TensorBias(table + 1)
+    assert one == same
+    assert hash(one) == hash(same)
+    assert one != other
+    with pytest.raises(InputTypeError, match="TensorBias: known by its methods alone"):
+        one.key  # noqa: B018
+
+
 def pickled(bias):
     return pickle.loads(pickle.dumps(bias))
 
