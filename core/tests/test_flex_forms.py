@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from attn_core import (
@@ -18,6 +20,8 @@ from attn_core import (
     UnboundBiasError,
     Window,
     attention,
+    explain,
+    explain_problem,
     mask_mod,
     reference_attention,
     score_mod,
@@ -132,3 +136,28 @@ def test_what_has_no_lengths_or_is_no_bias_is_an_error(form):
         form(torch.ones(4, 4))
     with pytest.raises(InputTypeError, match="bias: takes"):
         form("causal")
+
+
+@pytest.mark.parametrize(
+    ("bias", "takes"),
+    [
+        (Causal(), True),
+        (Window(3, 2) + ALiBi(2, torch.ones(2)), True),
+        (TensorBias(torch.zeros(64, 64)), True),
+        (TensorBias(torch.ones(64, 64, dtype=torch.bool)), False),
+        (KeyPadding([64]), False),
+        (Causal() & KeyPadding([64]), False),
+        (Segments([30, 34]), False),
+    ],
+    ids=str,
+)
+def test_on_the_cpu_a_graph_takes_masks_by_arithmetic_alone(bias, takes):
+    # torch 2.13's inductor raises for a mask_mod that reads a tensor; outside of graphs nothing is lowered.
+    query = torch.ones(1, 64, 2, 16)
+    problem = explain(query, query, query, bias).problem
+    eager, traced = (explain_problem(replace(problem, compiling=c))["torch/flex"] for c in (False, True))
+    padded = problem.bias is not None and problem.bias.has_padding
+    assert eager.state == "ready" or padded
+    assert (traced.state == "ready") is takes
+    if not takes and not padded:
+        assert traced.refused_fields == ("bias",)

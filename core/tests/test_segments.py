@@ -335,7 +335,6 @@ BUILT = {
     ),
     "offsets": lambda q, k, v: attention(q, k, v, Segments.from_offsets([0, 3, 7], [0, 4, 7])),
     "twice": lambda q, k, v: attention(attention(q, k, v, Segments([3, 4])), k, v, Segments([3, 4])),
-    "flex": lambda q, k, v: attention(q, k, v, Segments([3, 4], within=Causal()), kernel="torch/flex"),
 }
 
 

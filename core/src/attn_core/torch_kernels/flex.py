@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bias import AttnBias, Mask, Score, ScoreMod, Sum, TensorBias
+from ..bias import AttnBias, BlockMask, Intersection, Mask, Score, ScoreMod, Segments, Sum, TensorBias
 from ..capabilities import ANY_DIM, Backward, Capabilities, Refusal
 from ..cost import Cost
 from ..kernel import Kernel
@@ -57,10 +57,26 @@ def run(
 
 
 def refuse(problem: Problem) -> Iterator[Refusal]:
-    unseen = problem.compiling and not problem.is_cuda and torch.is_grad_enabled() and problem.bias is not None
-    if unseen and any(isinstance(part, ScoreMod) for part in problem.bias.scores):  # type: ignore[union-attr]
+    bias = problem.bias
+    if bias is None or problem.is_cuda or not problem.compiling:
+        return
+    if torch.is_grad_enabled() and any(isinstance(part, ScoreMod) for part in bias.scores):
         text = "has no backward, and in a graph it is not seen whether what a ScoreMod captures needs a gradient"
         yield Refusal("backward", f"{text}; under torch.no_grad() none does")
+    for part in (*bias.scores, *_parts(bias.mask)):
+        if _read_by_lookup(part):  # torch 2.13's inductor: NoValidChoicesError, or an assertion
+            yield Refusal("bias", f"on the CPU, takes masks that read a tensor outside of graphs only, got {part!r}")
+
+
+def _parts(mask: Mask | None) -> tuple[Mask, ...]:
+    return mask.parts if isinstance(mask, Intersection) else () if mask is None else (mask,)
+
+
+def _read_by_lookup(part: AttnBias) -> bool:
+    """Whether the rule of a mask looks something up in a table, and not in the blocks that are handed over as such."""
+    if isinstance(part, TensorBias):
+        return part.tensor.dtype is torch.bool
+    return isinstance(part, Segments) or (isinstance(part, Mask) and bool(part.held()) and type(part) is not BlockMask)
 
 
 _cached_block_mask = functools.lru_cache(maxsize=64)(block_mask_of)
