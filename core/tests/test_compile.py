@@ -105,7 +105,7 @@ def test_a_graph_of_inductor_equals_eager():
     torch.testing.assert_close(traced(*inputs), attention(*inputs, Causal()) * 2)
 
 
-@pytest.mark.parametrize("bias", [None, Causal(), Window(100, 4)], ids=["none", "causal", "window"])
+@pytest.mark.parametrize("bias", [None, Causal()], ids=["none", "causal"])
 def test_five_lengths_are_one_graph_where_the_choice_never_changes(bias):
     traced, counter = compiled(lambda q, k, v: attention(q, k, v, bias), dynamic=True)
     for seqlen in LENGTHS:
@@ -113,6 +113,18 @@ def test_five_lengths_are_one_graph_where_the_choice_never_changes(bias):
         torch.testing.assert_close(traced(*inputs), attention(*inputs, bias))
         assert explain(*inputs, bias).chosen == "torch/flash"
     assert counter.frame_count == 1
+
+
+def test_five_lengths_with_a_window_are_a_graph_for_each_kernel_that_is_best_at_one():
+    bias = Window(10, 4)
+    traced, counter = compiled(lambda q, k, v: attention(q, k, v, bias), dynamic=True)
+    chosen = set()
+    for seqlen in (*LENGTHS, 2048):
+        inputs = operands(seqlen)
+        torch.testing.assert_close(traced(*inputs), attention(*inputs, bias))
+        chosen.add(explain(*inputs, bias).chosen)
+    assert chosen == {"torch/flash", "torch/tiled"}
+    assert counter.frame_count == 2
 
 
 @pytest.fixture
