@@ -20,6 +20,7 @@ from .capabilities import Capabilities, takes_dense_mask
 from .cost import Terms
 from .problem import Problem
 from .rates import Rates, shipped_rates
+from .written import written_out
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,8 @@ def _dense_elements(before: Problem, after: Problem) -> Terms:
 
 def _apply_materialize(x: Operands, before: Problem, after: Problem, heads: int) -> Operands:
     assert x.bias is not None
-    return replace(x, bias=TensorBias(x.bias.dense(x.query.device, _dense_dtype(x.query.dtype)), x.bias.lengths))
+    dense = written_out(x.bias, x.query.device, _dense_dtype(x.query.dtype))
+    return replace(x, bias=TensorBias(dense, x.bias.lengths))
 
 
 GATHER_PAGES = Adaptation(
