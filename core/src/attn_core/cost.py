@@ -58,6 +58,7 @@ class Work(NamedTuple):
 
     pairs: float  #: that it visits, per batch entry and head
     parts: float = 0.0  #: smaller problems that it runs one after the other, of whatever size
+    copied: float = 0.0  #: rows of operands, results or gradients that it copies or adds up, per batch entry and head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,14 +106,17 @@ def quantities(
 ) -> dict[str, Terms]:
     """How often each constant of a Cost is taken for `problem`, by its name, as coefficients of the lengths."""
     dim = (problem.head_dim + problem.head_dim_v) / 2
+    tokens = Terms(queries=problem.num_heads * dim, keys=problem.num_kv_heads * dim)
     visited = Terms(left=float(problem.num_heads)) if skips else Terms(pairs=float(problem.num_heads))
     if work is not None:
         visited = _as_share(problem, work.pairs).times(problem.num_heads)
+        if problem.seqlen_q:
+            tokens = tokens.plus(Terms(queries=problem.num_heads * dim * work.copied / problem.seqlen_q))
     return {
         "call": Terms(call=1.0),
         "pair_dim": visited.times(dim),
         "pair": visited,
-        "token_dim": Terms(queries=problem.num_heads * dim, keys=problem.num_kv_heads * dim),
+        "token_dim": tokens,
         "token": Terms(queries=float(problem.num_heads)),
         "mask": visited if dense_bias else Terms(),
         "element": _elements(problem) if dense_bias else Terms(),

@@ -26,6 +26,9 @@ from .measured import MEASURED
 _cpu = torch._scaled_dot_product_flash_attention_for_cpu
 _cuda = torch._scaled_dot_product_flash_attention
 
+#: What a pair takes in the backward, as a multiple of one in the forward.
+BACKWARD_PAIR = 3.0
+
 
 def run(
     query: Tensor,
@@ -73,12 +76,19 @@ def prepare(problem: Problem) -> Bound | None:
 
 
 def work(problem: Problem) -> Work | None:
-    """Under a causal mask, the CPU's op leaves out whole blocks alone: each row visits its block's last key."""
-    if problem.is_cuda or not isinstance(problem.bias, Causal):
+    """What the CPU's op visits. Of a causal mask it leaves out whole blocks alone: a row visits its block's last key.
+    Its backward shares heads among threads, and no head between two."""
+    if problem.is_cuda:
         return None
-    rows = 256 if problem.seqlen_q >= 768 else 64 if problem.seqlen_q >= 192 else 32
-    more = problem.seqlen_q * (min(rows, problem.seqlen_q) - 1) / 2
-    return Work(min(problem.pairs_left() + more, float(problem.seqlen_q * problem.seqlen_kv)))
+    pairs = float(problem.seqlen_q) * float(problem.seqlen_kv)
+    if isinstance(problem.bias, Causal):
+        rows = 256 if problem.seqlen_q >= 768 else 64 if problem.seqlen_q >= 192 else 32
+        pairs = min(pairs, problem.pairs_left() + problem.seqlen_q * (min(rows, problem.seqlen_q) - 1) / 2)
+    heads, threads = problem.batch * problem.num_heads, torch.get_num_threads()
+    if problem.needs_backward and heads:
+        uneven = -(-heads // threads) * threads / heads
+        pairs *= (1 + BACKWARD_PAIR * uneven) / (1 + BACKWARD_PAIR)
+    return Work(pairs)
 
 
 def refuse(problem: Problem) -> Iterator[Refusal]:

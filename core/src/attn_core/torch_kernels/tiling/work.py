@@ -20,12 +20,12 @@ _modes_of_dispatch = torch._C._len_torch_dispatch_stack
 
 #: What a pair takes in the backward, as a multiple of one in the forward.
 BACKWARD_PAIR = 3.0
-#: What copying the operands into strips and back takes, in parts.
+#: What the calls that copy the operands into strips and back take, in parts.
 COPIES = 4.0
 
 
 def work(problem: Problem) -> Work | None:
-    """Pairs and parts; None where a mask cannot be cut before the call: then those count that it leaves."""
+    """Pairs, parts and copies; None where a mask cannot be cut before the call: then the pairs that it leaves count."""
     mask = problem.bias
     if problem.device != "cpu" or not isinstance(mask, Mask) or mask.holds_data or _modes_of_dispatch():
         return None
@@ -33,24 +33,36 @@ def work(problem: Problem) -> Work | None:
     if not problem.needs_backward:
         return once
     again = _of(problem, mask, backward=True)
-    return Work((once.pairs + BACKWARD_PAIR * again.pairs) / (1 + BACKWARD_PAIR), once.parts + again.parts)
+    pairs = (once.pairs + BACKWARD_PAIR * again.pairs) / (1 + BACKWARD_PAIR)
+    return Work(pairs, once.parts + again.parts, once.copied + again.copied)
 
 
 def _of(problem: Problem, mask: Mask, *, backward: bool) -> Work:
     like = torch.empty(0, dtype=problem.dtype)
     row = problem.head_dim * WIDE.get(problem.dtype, problem.dtype).itemsize
-    pairs, parts = 0.0, 0.0
+    pairs, parts, copied = 0.0, 0.0, 0.0
     for part in tiling_of(mask, like, backward).parts:
         strips = 1
         if isinstance(part, Strips):
             strips = prod(stretch.count for stretch in part.across)
             parts += COPIES
+            copied += _into_strips(part, backward)
         lanes = strips * problem.num_heads * problem.batch
         for run in part.runs:  # type: ignore[attr-defined]
             rows, bound = (run.rows + 2 * run.columns, BACKWARD_BYTES) if backward else (run.rows, FORWARD_BYTES)
             pairs += strips * _pairs(run)
             parts += ceil(run.count / max(1, bound // max(1, rows * row * lanes)))
-    return Work(pairs, parts)
+            if backward:  # gradients of the keys of every tile are added up
+                copied += strips * 2 * run.count * run.columns
+    return Work(pairs, parts, copied)
+
+
+def _into_strips(part: Strips, backward: bool) -> float:
+    """Rows that are copied into strips: query and out, key and value; in the backward, their gradients as well."""
+    queries = prod(stretch.count * stretch.rows for stretch in part.across)
+    keys = prod(stretch.count * stretch.columns for stretch in part.across)
+    extent = part.extents[0] / part.steps[0]
+    return (2 if backward else 1) * extent * 2 * (queries + keys)
 
 
 def _pairs(run: Run) -> float:
