@@ -472,10 +472,17 @@ def test_a_kernel_registered_later_gets_its_constants_and_can_be_taken_out(file)
 
 
 def test_measured_rates_count_in_what_an_adaptation_costs():
-    asked = problem(bias=Window(3, 3))
+    asked = problem(bias=Window(3, 3), compiling=True)  # outside a graph the dense form is kept
     before = explain_problem(asked)["torch/flash"].seconds
     registry.use_costs(calibration(rates=Rates(call=0.0, copy=0.0, written={"Window": Written(call=5.0, element=0.0)})))
     assert explain_problem(asked)["torch/flash"].seconds == pytest.approx(before + 5.0, abs=0.01)
+
+
+def test_a_dense_form_that_is_kept_costs_a_call_and_one_that_is_too_large_its_elements():
+    rates = Rates(call=1.0, copy=0.0, written={"Window": Written(call=0.0, element=1.0)})
+    registry.use_costs(calibration(rates=rates, costs={"torch/math": Cost(call=0.0)}))
+    for seqlen, expected in ((64, 1.0), (8192, 8192.0**2)):
+        assert explain_problem(problem(seqlen, bias=Window(3, 3)))["torch/math"].seconds == pytest.approx(expected)
 
 
 def test_a_set_but_empty_variable_leaves_the_shipped_constants(file, monkeypatch):

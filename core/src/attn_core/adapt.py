@@ -20,7 +20,7 @@ from .capabilities import Capabilities, takes_dense_mask
 from .cost import Terms
 from .problem import Problem
 from .rates import Rates, shipped_rates
-from .written import written_out
+from .written import is_kept, written_out
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,10 @@ class Adaptation:
         elements = self.elements(before, after)
         if self.name == "materialize":
             assert before.bias is not None
-            work, differentiated = rates.writing(before.bias, elements), before.bias_requires_grad
+            assert isinstance(after.bias, TensorBias)
+            kept = not before.compiling and is_kept(before.bias, after.bias.tensor.dtype)  # as are the tables of others
+            work = Terms(call=rates.call) if kept else rates.writing(before.bias, elements)
+            differentiated = before.bias_requires_grad
         else:
             work, differentiated = rates.copying(elements), before.requires_grad
         return work.times(2.0) if differentiated else work

@@ -43,6 +43,13 @@ def written_out(bias: AttnBias, device: torch.device, dtype: torch.dtype) -> Ten
     return dense
 
 
+def is_kept(bias: AttnBias, dtype: torch.dtype) -> bool:
+    """Whether the next call outside a graph finds the dense form of this bias, whose elements are of `dtype`."""
+    seqlen_q, seqlen_kv = bias.bound_lengths()
+    batch, num_heads = bias.batch_and_heads
+    return not bias.holds_data and batch * num_heads * seqlen_q * seqlen_kv * dtype.itemsize <= LIMIT // 2
+
+
 def forget_written() -> None:
     """Lets go of all of them."""
     with _lock:
