@@ -27,6 +27,7 @@ BUILT_IN = {
     "doctor": "attn_core.cli.doctor:doctor",
     "explain": "attn_core.cli.explain:explain",
     "kernels": "attn_core.cli.kernels:kernels",
+    "new": "attn_core.cli.new:new",
     "plugins": "attn_core.cli.plugins:plugins",
     "show": "attn_core.cli.show:show",
 }
