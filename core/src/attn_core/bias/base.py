@@ -342,7 +342,7 @@ class Mask(Kind):
         parts: list[Mask] = []
         for mask in (self, other):
             parts += mask.parts if isinstance(mask, Intersection) else [mask]
-        return Intersection(tuple(parts))
+        return Intersection(tuple(parts)).bound_by_parts()
 
     @property
     def mask(self) -> Mask:

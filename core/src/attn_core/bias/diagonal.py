@@ -26,8 +26,8 @@ def check_corner_is_decided(kind: str, corner: str | None, seqlen_q: int, seqlen
     if corner is None and seqlen_q != seqlen_kv:
         raise InputError(
             f"{kind}() has no corner, and seqlen_q={seqlen_q} differs from seqlen_kv={seqlen_kv}:"
-            f' say {kind}(corner="top-left") (query 0 sees key 0, as in torch)'
-            f' or {kind}(corner="bottom-right") (the last query sees the last key, as in FlashAttention)'
+            f' say corner="top-left" (query 0 sees key 0, as in torch)'
+            f' or corner="bottom-right" (the last query sees the last key, as in FlashAttention)'
         )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputTypeError
+from .bands import with_one_band
 from .base import Mask, Rule, TileKind
 from .joint import Joint
 from .segments import Segments
@@ -79,7 +80,7 @@ class Intersection(Joint, Mask):
             # Twice the same is once; what holds data may differ under one key.
             if simpler is not None and (simpler.holds_data or all(simpler.key != other.key for other in left)):
                 left.append(simpler)
-        left = _joined(left)
+        left = _joined(with_one_band(_joined(left), self.bound_lengths()))
         if len(left) < 2:
             return left[0] if left else None
         if len(left) == len(self.parts) and all(new is old for new, old in zip(left, self.parts)):

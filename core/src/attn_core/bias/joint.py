@@ -49,6 +49,11 @@ class Joint(Kind):
         if len(devices) > 1:
             raise InputError(f"{name}: its parts lie on {' and '.join(sorted(map(str, devices)))}; move them to one")
 
+    def bound_by_parts(self: Self) -> Self:
+        """Bound, where a part is: to its lengths."""
+        lengths = next((part.lengths for part in self.parts if part.lengths is not None), None)
+        return self if lengths is None else self.bind(*lengths)
+
     def _of(self: Self, parts: list[Any], lengths: tuple[int, int] | None) -> Self:
         return type(self)(tuple(parts), lengths)  # type: ignore[call-arg]
 

@@ -189,7 +189,7 @@ class Segments(Mask):
     def normalize(self) -> Segments | Causal | Window | None:
         lengths = self.bound_lengths()
         packed, band, count, end = _simplest(self.packed, band_of(self.within))
-        within = _within(band)
+        within = mask_of(band)
         has_gaps = self.has_gaps and not (end >= 0 and known(lengths[1] == end))
         if count < 2 and not has_gaps:
             return None if within is None else within.at(lengths).normalize()
@@ -213,7 +213,7 @@ class Segments(Mask):
             band = _joined(self.packed, band_of(self.within), band_of(other), operator.index(diagonal))
         else:
             return None
-        return None if band is None else made(self.packed, _within(band), self.has_gaps, lengths)
+        return None if band is None else made(self.packed, mask_of(band), self.has_gaps, lengths)
 
     @property
     def has_padding(self) -> bool:
@@ -251,8 +251,8 @@ def band_of(within: Causal | Window | None) -> Band:
     )
 
 
-def _within(band: Band) -> Causal | Window | None:
-    """The simplest kind with these limits."""
+def mask_of(band: Band) -> Causal | Window | None:
+    """The simplest kind with these limits, unbound."""
     left, right, corner = band
     if left is None and right is None:
         return None

@@ -91,7 +91,10 @@ class Sum(Joint):
 
 
 def added_up(one: AttnBias, other: AttnBias | Tensor) -> AttnBias:
-    """`one + other`: flat, all masks joined behind the rest. Raises InputTypeError for what is no bias."""
+    """`one + other`: flat, all masks joined behind the rest; bound where one of them is.
+
+    Raises InputTypeError for what is no bias.
+    """
     from .convert import as_bias  # which knows every kind
 
     parts: list[AttnBias] = []
@@ -107,4 +110,4 @@ def added_up(one: AttnBias, other: AttnBias | Tensor) -> AttnBias:
         assert mask is not None  # `one` is a bias
         return mask
     joined = (*scores, mask) if mask is not None else tuple(scores)
-    return Sum(joined) if len(joined) > 1 else joined[0]
+    return Sum(joined).bound_by_parts() if len(joined) > 1 else joined[0]
