@@ -30,7 +30,7 @@ def run(
     query: Tensor, key: Tensor, value: Tensor, *, bias: AttnBias | None = None, scale: float, return_lse: bool = False
 ) -> Any:
     """Heads-first: `[batch, num_heads, seqlen, head_dim]`."""
-    assert isinstance(bias, Mask)
+    assert bias is None or isinstance(bias, Mask)
     if scale <= 0:  # the dense kernels with a causal mask do so before they scale: 0 * -inf is NaN
         query, scale = (query * 0, 1.0) if scale == 0 else (-query, -scale)
     if _is_compiling() or (_modes_of_dispatch() and traced.can_be_written(bias)):  # fake tensors have no tables
@@ -41,11 +41,10 @@ def run(
 
 
 def refuse(problem: Problem) -> Iterator[Refusal]:
-    if problem.bias is None:
-        yield Refusal("bias", "takes problems with a mask, got none")
-    elif problem.compiling and not (isinstance(problem.bias, Mask) and traced.can_be_written(problem.bias)):
+    bias = problem.bias
+    if problem.compiling and isinstance(bias, Mask) and not traced.can_be_written(bias):
         kinds = ", ".join(traced.KINDS)
-        yield Refusal("compiling", f"takes {kinds} in a graph, got {type(problem.bias).__name__}")
+        yield Refusal("compiling", f"takes {kinds} in a graph, got {type(bias).__name__}")
 
 
 KERNEL = Kernel(

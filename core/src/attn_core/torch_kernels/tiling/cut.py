@@ -20,6 +20,11 @@ from .windows import causal_runs, interval_runs
 WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 
+def whole(seqlen_q: int, seqlen_kv: int) -> Tiling:
+    """That of no mask: one tile."""
+    return of_runs([Run(0, 0, seqlen_q, seqlen_kv)], seqlen_q)
+
+
 def tiling_of(mask: Mask, query: Tensor, backward: bool) -> Tiling:
     """The tiling of `mask`, for the forward or the backward; kept where the mask holds no data."""
     like = torch.empty(0, dtype=WIDE.get(query.dtype, query.dtype), device=query.device)

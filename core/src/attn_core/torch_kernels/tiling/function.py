@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...bias import Mask
-from .cut import WIDE, tiling_of
+from .cut import WIDE, tiling_of, whole
 from .runs import MASKED, Grads, Lanes
 
 #: Columns that are added to say the LSE's gradient: one is needed, and a row stays aligned.
 COLUMNS = 8
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, scale: float) -> tuple[Tensor, Tensor]:
     """`(out, lse)`; `scale` is above 0."""
-    tiling = tiling_of(mask, query, backward=False)
+    tiling = whole(query.shape[2], key.shape[2]) if mask is None else tiling_of(mask, query, backward=False)
     wide = WIDE.get(query.dtype, query.dtype)
     dtype = wide if tiling.joins else query.dtype  # what is joined is rounded once
     lse_shape = query.shape[:3]
@@ -46,11 +46,11 @@ def backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    mask: Mask,
+    mask: Mask | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to query, key and value, as `empty_like` makes them."""
-    tiling = tiling_of(mask, query, backward=True)
+    tiling = whole(query.shape[2], key.shape[2]) if mask is None else tiling_of(mask, query, backward=True)
     wide = WIDE.get(query.dtype, query.dtype)
     given = operands = query, key, value
     empty = lse == MASKED
@@ -81,7 +81,7 @@ class Tiled(torch.autograd.Function):
     """`(query, key, value, mask, scale) -> (out, lse)`, heads-first, differentiable in query, key and value."""
 
     @staticmethod
-    def forward(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, scale: float) -> tuple[Tensor, Tensor]:
         return forward(query, key, value, mask, scale)
 
     @staticmethod
@@ -125,12 +125,12 @@ class TiledBackward(torch.autograd.Function):
 
 def _over_samples(function: Any, size: int, in_dims: Any, operands: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """`function` of each of `size` samples: they are more batch entries, or one by one where the mask counts those."""
-    mask: Mask = operands[-2]
+    mask: Mask | None = operands[-2]
     stacked = [
         x if not isinstance(x, Tensor) else x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
         for x, dim in zip(operands, in_dims)
     ]
-    if mask.batch_and_heads[0] == 1:
+    if mask is None or mask.batch_and_heads[0] == 1:
         folded = [x.flatten(0, 1) if isinstance(x, Tensor) else x for x in stacked]
         return tuple(x.unflatten(0, (size, -1)) for x in function.apply(*folded))
     each = [function.apply(*(x[i] if isinstance(x, Tensor) else x for x in stacked)) for i in range(size)]

@@ -14,12 +14,18 @@ import torch
 from torch import Tensor
 
 from ...bias import Causal, Intersection, Mask, Neighborhood, Segments, Window
+from ...bias.zero_padded import ZeroPadded
 from ...tracing import constant
 from . import function
 from .cut import WIDE
 
 #: Kinds that can be written down: those of the core that hold no tensors.
-KINDS: dict[str, type[Mask]] = {kind.__name__: kind for kind in (Causal, Intersection, Neighborhood, Segments, Window)}
+KINDS: dict[str, type[Mask]] = {
+    kind.__name__: kind for kind in (Causal, Intersection, Neighborhood, Segments, Window, ZeroPadded)
+}
+
+#: What is written where there is none.
+NO_MASK = "None"
 
 _library = torch.library.Library("attn_core", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
@@ -31,16 +37,19 @@ _library.define(  # type: ignore[no-untyped-call]
 )
 
 
-def tiled(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
+def tiled(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, scale: float) -> tuple[Tensor, Tensor]:
     """`function.Tiled`, as one op."""
-    out, lse = torch.ops.attn_core.tiled(query, key, value, written(type(mask), _constants(mask.facts())), scale)
+    text = NO_MASK if mask is None else written(type(mask), _constants(mask.facts()))
+    out, lse = torch.ops.attn_core.tiled(query, key, value, text, scale)
     return out, lse
 
 
-def can_be_written(mask: Mask) -> bool:
+def can_be_written(mask: Mask | None) -> bool:
     """Whether a mask can be an argument of the op."""
-    parts = mask.parts if isinstance(mask, Intersection) else (mask,)
-    return type(mask) in KINDS.values() and all(type(part) in KINDS.values() for part in parts)
+    if mask is None:
+        return True
+    parts = mask.parts if isinstance(mask, Intersection) else (mask.padded,) if isinstance(mask, ZeroPadded) else ()
+    return type(mask) in KINDS.values() and all(map(can_be_written, parts))
 
 
 @constant
@@ -55,8 +64,10 @@ def written(kind: type[Mask], facts: tuple[Any, ...]) -> str:
     return repr(plain((kind, facts)))
 
 
-def read(text: str, lengths: tuple[int, int]) -> Mask:
+def read(text: str, lengths: tuple[int, int]) -> Mask | None:
     """The mask that was written, at these lengths."""
+    if text == NO_MASK:
+        return None
 
     def kinds(value: Any) -> Any:
         if isinstance(value, tuple):
