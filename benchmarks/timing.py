@@ -20,11 +20,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+
+if TYPE_CHECKING:  # the figures of a GPU are taken on machines that may lack it
+    from rich.table import Table
 
 SEED = 20261121
 COPY = "the first baseline again"
@@ -62,12 +63,19 @@ def on_one_core() -> None:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 
-def take_turns(contenders: Sequence[Contender], *, rounds: int, calls: int) -> dict[str, list[float]]:
-    """Microseconds per call of each contender, one figure per round, and of a copy of the first."""
+def take_turns(
+    contenders: Sequence[Contender], *, rounds: int, calls: int, settle: Callable[[], object] | None = None
+) -> dict[str, list[float]]:
+    """Microseconds per call of each contender, one figure per round, and of a copy of the first.
+
+    Args:
+        settle: called before a turn's clock starts and before it stops: on CUDA, what waits for the device.
+    """
+    settle = settle or _nothing
     calls_of = {contender.name: contender.call for contender in contenders}
     calls_of[COPY] = contenders[0].call
     for call in calls_of.values():
-        _seconds(call, calls)  # caches, branch predictors, allocator
+        _seconds(call, calls, settle)  # caches, branch predictors, allocator
     order = list(calls_of)
     chance = random.Random(SEED)
     taken: dict[str, list[float]] = {name: [] for name in order}
@@ -77,7 +85,7 @@ def take_turns(contenders: Sequence[Contender], *, rounds: int, calls: int) -> d
         for _ in range(rounds):
             chance.shuffle(order)
             for name in order:
-                taken[name].append(1e6 * _seconds(calls_of[name], calls) / calls)
+                taken[name].append(1e6 * _seconds(calls_of[name], calls, settle) / calls)
     finally:
         gc.enable()
     return taken
@@ -90,15 +98,17 @@ def over(taken: Mapping[str, list[float]], name: str, baseline: str) -> tuple[fl
     return median, (high - low) / 2
 
 
-def _seconds(call: Callable[[], object], calls: int) -> float:
+def _nothing() -> None:
+    pass
+
+
+def _seconds(call: Callable[[], object], calls: int, settle: Callable[[], object] = _nothing) -> float:
+    settle()
     start = time.perf_counter()
     for _ in repeat(None, calls):
         call()
+    settle()
     return time.perf_counter() - start
-
-
-def _nothing() -> None:
-    pass
 
 
 def environment() -> dict[str, str]:
@@ -120,6 +130,8 @@ def environment() -> dict[str, str]:
 
 def table(title: str, findings: Sequence[Finding]) -> Table:
     """Findings as a table; a limit is "at most"."""
+    from rich.table import Table
+
     drawn = Table(title=title, title_justify="left")
     for column in ("", "value", "±", "unit", "limit", "", ""):
         drawn.add_column(column, justify="right" if column in ("value", "±", "limit") else "left")
@@ -139,6 +151,8 @@ def table(title: str, findings: Sequence[Finding]) -> Table:
 
 def report(sections: Mapping[str, Sequence[Finding]], json_file: str | None) -> None:
     """Prints every section, then what missed its limit; writes all of it to `json_file` where one is given."""
+    from rich.console import Console
+
     console = Console(width=None if sys.stdout.isatty() else 140)
     for title, findings in sections.items():
         console.print(table(title, findings))
