@@ -259,7 +259,7 @@ def test_a_variable_without_effect_is_told(site, monkeypatch, variable, value, r
 
 def test_a_variable_that_cannot_be_read_is_a_message(site, monkeypatch):
     monkeypatch.setenv("ATTN_ALLOW", "bogus")
-    assert attn("doctor", exit_code=2) == "Error: ATTN_ALLOW: takes approximate; got 'bogus'\n"
+    assert attn("doctor", exit_code=2) == "Error: ATTN_ALLOW: takes approximate, known-bad; got 'bogus'\n"
 
 
 def test_the_doctor_prints_findings_as_a_table(site):

@@ -3,7 +3,8 @@
 ATTN_PLUGINS      allow-list of plugins, comma-separated; set but empty: the built-in alone
 ATTN_BLOCK        deny-list of plugins: not even imported
 ATTN_PREFER       kernel name patterns, the most preferred first, such as "flash/*,torch/flash"
-ATTN_ALLOW        what else may be chosen: "approximate"
+ATTN_ALLOW        what else may be chosen: "approximate", "known-bad"
+ATTN_ALLOW_KNOWN_BAD  kernel name patterns: these run although known to be bad here, such as "torch/cudnn"
 ATTN_COSTS        the file of measured constants; set but empty: those that are shipped
 ATTN_TENSOR_MASK  what a plain tensor as attn_mask gets: "silent", "warn" or "error"
 ATTN_USAGE        a file to which calls are added when the process ends, counted by kind of bias
@@ -18,7 +19,8 @@ from pathlib import Path
 
 from .errors import InputError
 
-ALLOWABLE = frozenset({"approximate"})
+#: What is left out by default, and may be allowed.
+ALLOWABLE = ("approximate", "known-bad")
 TENSOR_MASK = ("silent", "warn", "error")
 
 
@@ -28,6 +30,7 @@ class Environment:
     block: tuple[str, ...] = ()
     prefer: tuple[str, ...] = ()
     allow: frozenset[str] = frozenset()
+    allow_known_bad: tuple[str, ...] = ()
     costs: str | None = None  #: None: a file in the user's cache
     tensor_mask: str = "warn"
     usage: str | None = None  #: None: nothing is counted
@@ -41,6 +44,7 @@ def read_environment() -> Environment:
         block=_listed(os.environ.get("ATTN_BLOCK", "")),
         prefer=_listed(os.environ.get("ATTN_PREFER", "")),
         allow=check_allowed(_listed(os.environ.get("ATTN_ALLOW", "")), "ATTN_ALLOW"),
+        allow_known_bad=_listed(os.environ.get("ATTN_ALLOW_KNOWN_BAD", "")),
         costs=os.environ.get("ATTN_COSTS"),
         tensor_mask=_checked_tensor_mask(os.environ.get("ATTN_TENSOR_MASK") or "warn"),
         usage=os.environ.get("ATTN_USAGE") or None,
@@ -63,9 +67,9 @@ def path_of_costs(environment: Environment) -> Path | None:
 
 
 def check_allowed(names: tuple[str, ...], where: str) -> frozenset[str]:
-    unknown = sorted(set(names) - ALLOWABLE)
+    unknown = sorted(set(names) - set(ALLOWABLE))
     if unknown:
-        raise InputError(f"{where}: takes {', '.join(sorted(ALLOWABLE))}; got {', '.join(map(repr, unknown))}")
+        raise InputError(f"{where}: takes {', '.join(ALLOWABLE)}; got {', '.join(map(repr, unknown))}")
     return frozenset(names)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from . import known_bad
 from .bias import AttnBias, as_bias
 from .by_methods import REASON, check_options, name_of
 from .dispatch import ATTENTION, SDPA, SDPA_GQA, asked
@@ -211,6 +212,10 @@ def _notes(problem: Problem, candidates: list[Candidate]) -> tuple[str, ...]:
     calibrated = [c.kernel.name for c in candidates if c.takes and _is_calibrated(c.kernel.cost(problem.device).source)]
     if calibrated:
         notes.append(f"note: calibrated on this machine: the constants of {', '.join(calibrated)}")
+    for candidate in candidates:
+        if candidate.takes:  # so whatever is known of it here was overruled
+            bad = known_bad.refusals(candidate.kernel.name, candidate.problem)
+            notes += [f"note: {candidate.kernel.name} is allowed, although {refusal}" for refusal in bad]
     return tuple(notes)
 
 

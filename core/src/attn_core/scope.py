@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -22,7 +22,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from .environment import check_allowed, read_environment
+from .environment import ALLOWABLE, check_allowed, read_environment
 from .errors import InputError
 from .registry import registry
 from .tensor_mask import forget as forget_places
@@ -47,6 +47,7 @@ class Settings:
 
     prefer: tuple[str, ...] = ()  #: kernel name patterns, the most preferred first
     allow: frozenset[str] = frozenset()
+    allow_known_bad: tuple[str, ...] = ()  #: kernel name patterns, by the environment alone
 
 
 #: (whether it is for these operands, the dtype that autocast casts them to, the function that runs the call)
@@ -78,7 +79,9 @@ class Scope(dict[Any, tuple[Choice, ...]]):
         """What the scope says. The outermost asks the environment, at first use: a bad variable fails no import."""
         if self._settings is None:
             environment = read_environment()
-            self._settings = Settings(prefer=environment.prefer, allow=environment.allow)
+            self._settings = Settings(
+                prefer=environment.prefer, allow=environment.allow, allow_known_bad=environment.allow_known_bad
+            )
             if environment.usage is not None:
                 from .usage import usage_of_process  # of no use to anybody else
 
@@ -121,6 +124,15 @@ _warm: dict[Settings, Scope] = {}
 current: ContextVar[Scope] = ContextVar("attn_scope", default=_base)
 
 
+def in_order(allowed: Collection[str]) -> tuple[str, ...]:
+    """What is allowed, in one order whoever says so: a graph guards on it."""
+    made: tuple[str, ...] = ()
+    for word in ALLOWABLE:
+        if word in allowed:
+            made += (word,)
+    return made
+
+
 class Mirror(threading.local):
     """The settings of this thread, as plain values that a traced graph can guard on."""
 
@@ -130,14 +142,14 @@ class Mirror(threading.local):
         except InputError:  # a bad variable: the first call says so
             settings = Settings()
         self.prefer = settings.prefer
-        self.approximate = "approximate" in settings.allow
+        self.allow = in_order(settings.allow)
 
 
 mirror = Mirror()
 
 
 def _reflect(settings: Settings) -> None:
-    mirror.prefer, mirror.approximate = settings.prefer, "approximate" in settings.allow
+    mirror.prefer, mirror.allow = settings.prefer, in_order(settings.allow)
 
 
 def scope_for(
@@ -195,27 +207,27 @@ class _ScopeContext:
     """
 
     def __init__(self) -> None:
-        self._traced: list[tuple[tuple[str, ...], bool]] = []
+        self._traced: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
 
-    def _derive(self, prefer: tuple[str, ...], approximate: bool) -> tuple[tuple[str, ...], bool]:
+    def _derive(self, prefer: tuple[str, ...], allow: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         raise NotImplementedError
 
     def __enter__(self) -> _ScopeContext:
         if torch.compiler.is_dynamo_compiling():
-            self._traced.append((mirror.prefer, mirror.approximate))
-            mirror.prefer, mirror.approximate = self._derive(mirror.prefer, mirror.approximate)
+            self._traced.append((mirror.prefer, mirror.allow))
+            mirror.prefer, mirror.allow = self._derive(mirror.prefer, mirror.allow)
             return self
         outer = current.get()
-        prefer, approximate = self._derive(outer.settings.prefer, "approximate" in outer.settings.allow)
-        allow = outer.settings.allow | {"approximate"} if approximate else outer.settings.allow
-        scope = scope_for(replace(outer.settings, prefer=prefer, allow=allow), outer.recorders, outer.usages)
+        prefer, allow = self._derive(outer.settings.prefer, in_order(outer.settings.allow))
+        settings = replace(outer.settings, prefer=prefer, allow=frozenset(allow))
+        scope = scope_for(settings, outer.recorders, outer.usages)
         _entered.set((*_entered.get(), (self, current.set(scope))))
         _reflect(scope.settings)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._traced:
-            mirror.prefer, mirror.approximate = self._traced.pop()
+            mirror.prefer, mirror.allow = self._traced.pop()
             return
         entered = _entered.get()
         last = max((i for i, (owner, _) in enumerate(entered) if owner is self), default=None)
@@ -245,22 +257,27 @@ class prefer(_ScopeContext):  # noqa: N801  (reads as a verb: `with prefer("flas
         if not torch.compiler.is_dynamo_compiling():
             check_patterns(patterns)
 
-    def _derive(self, prefer: tuple[str, ...], approximate: bool) -> tuple[tuple[str, ...], bool]:
-        return self.patterns + prefer, approximate
+    def _derive(self, prefer: tuple[str, ...], allow: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return self.patterns + prefer, allow
 
 
 class allow(_ScopeContext):  # noqa: N801
-    """Within it, what is left out by default may be chosen: `with allow("approximate")`.
+    """Within it, what is left out by default may be chosen.
 
-    Raises InputError for another word.
+        with allow("approximate"):
+            model(x)
+
+    "approximate": kernels in int8, fp8 and the like. "known-bad": kernels of which it is publicly known that they are
+    wrong for the problem, here. Raises InputError for another word.
     """
 
     def __init__(self, *what: str) -> None:
         super().__init__()
+        self.what = what
         check_allowed(what, "allow")
 
-    def _derive(self, prefer: tuple[str, ...], approximate: bool) -> tuple[tuple[str, ...], bool]:
-        return prefer, True
+    def _derive(self, prefer: tuple[str, ...], allow: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return prefer, in_order(allow + self.what)
 
 
 def check_patterns(patterns: tuple[str, ...]) -> None:

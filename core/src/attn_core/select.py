@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from . import known_bad
 from .adapt import ADAPTATIONS, Adaptation
 from .capabilities import Refusal
 from .cost import Terms
@@ -77,7 +78,11 @@ def _plain(size: Any) -> int:
 def consider(
     registry: Registry, kernel: Kernel, problem: Problem, settings: Settings, *, limits: bool = True
 ) -> Candidate:
-    """Whether and how `kernel` takes `problem`; without `limits`, its own `refuse` is left to be asked later."""
+    """Whether and how `kernel` takes `problem`.
+
+    Without `limits` the lengths are stand-ins: its own `refuse` is left to be asked later, and what is known to be bad
+    at some lengths counts for all.
+    """
     condition = registry.condition(kernel)
     preferred = next((i for i, p in enumerate(settings.prefer) if fnmatchcase(kernel.name, p)), None)
     if condition.state not in ("ready", "failed"):
@@ -107,6 +112,8 @@ def consider(
     if kernel.declaration(problem).numerics == "approximate" and "approximate" not in settings.allow:
         text = 'is approximate; allowed within `with allow("approximate")` or by ATTN_ALLOW=approximate'
         refusals = [*refusals, Refusal("numerics", text)]
+    if not refusals and not known_bad.overruled(kernel.name, settings):
+        refusals = known_bad.refusals(kernel.name, adapted, lengths=limits)
     if refusals:
         # The reasons that the caller reads are those for the call as it was written.
         unadapted = kernel.refusals(problem, limits=limits)

@@ -36,7 +36,7 @@ from .errors import InputError, InputTypeError, NoKernelError
 from .kernel import Run
 from .problem import Problem
 from .registry import registry
-from .scope import Settings, current, mirror
+from .scope import current, mirror
 from .select import Candidate, choose, rank
 from .tracing import constant, has_static_value
 
@@ -130,7 +130,7 @@ def _run(door: int, query: Tensor, key: Tensor, value: Tensor, bias: AttnBias | 
     rows, plain = weigh(
         operator.index(registry.generation),
         mirror.prefer,
-        mirror.approximate,
+        mirror.allow,
         kernel,
         heads,
         tuple(operator.index(size) if has_static_value(size) else None for size in (batch, seqlen_q, seqlen_kv)),
@@ -281,7 +281,7 @@ def note(kernel: str, steps: tuple[int, ...], plain: tuple[tuple[str, Any], ...]
 def weigh(
     generation: int,
     prefer: tuple[str, ...],
-    approximate: bool,
+    allow: tuple[str, ...],
     forced: str | None,
     heads: int,
     sizes: tuple[int | None, ...],
@@ -340,8 +340,7 @@ def weigh(
         forward_ad=forward_ad._current_level >= 0,  # guarded by dynamo itself, as the levels of functorch are
         compiling=True,
     )
-    current.get().settings  # noqa: B018  (raises where the environment has a bad variable)
-    settings = Settings(prefer=prefer, allow=frozenset({"approximate"}) if approximate else frozenset())
+    settings = replace(current.get().settings, prefer=prefer, allow=frozenset(allow))  # raises for a bad variable
     candidates = [choose(registry, problem, settings, forced, limits=not symbolic)]
     if forced is None and symbolic:
         candidates = [each for each in rank(registry, problem, settings, limits=False) if each.takes]

@@ -13,10 +13,13 @@ from typing import Any
 import click
 import torch
 
+from .. import known_bad
 from ..costs_file import SOURCE
+from ..door import compute_capability
 from ..environment import Environment, path_of_costs, read_environment
 from ..errors import suggestion
 from ..registry import registry
+from ..scope import current
 from ..versions import core_version
 from .console import console, print_json, table
 from .group import broken_commands
@@ -30,10 +33,11 @@ class Finding:
     """Something that is not as it could be.
 
     `state` is "broken" (somebody should act), or "absent", "unavailable", "failed" (it can be like that on purpose),
-    or, for a variable or the file of measured costs, "ignored" (it has no effect).
+    or, for a variable or the file of measured costs, "ignored" (it has no effect), or, of a kernel, "known-bad" (it
+    refuses the problems that are named), "allowed" (the environment overrules that).
     """
 
-    what: str  #: "plugin", "kernel", "command", "variable" or "costs"
+    what: str  #: "plugin", "kernel", "command", "variable", "costs" or "known-bad"
     name: str
     state: str
     reason: str
@@ -113,12 +117,30 @@ def findings() -> Iterator[Finding]:
         if condition.state != "ready":
             text, fix = condition.reason, condition.fix
             yield Finding(what="kernel", name=kernel.name, state=condition.state, reason=text, fix=fix)
+    yield from _findings_of_known_bad()
     for name, reason in broken_commands().items():
         yield Finding(what="command", name=name, state="broken", reason=reason)
     if registry.ignored_costs is not None:
         path, reason = registry.ignored_costs
         yield Finding(what="costs", name=path, state="ignored", reason=reason, fix="attn calibrate")
     yield from _findings_of_variables()
+
+
+def _findings_of_known_bad() -> Iterator[Finding]:
+    """What is known to be bad of the kernels that can run here, on the devices that are here."""
+    devices: set[tuple[str, tuple[int, int] | None]] = {("cpu", None)}
+    if torch.cuda.is_available():
+        devices |= {("cuda", compute_capability(index)) for index in range(torch.cuda.device_count())}
+    settings = current.get().settings
+    for kernel in registry.kernels():
+        if registry.condition(kernel).state not in ("ready", "failed"):
+            continue
+        state = "allowed" if known_bad.overruled(kernel.name, settings) else "known-bad"
+        rows = [row for device in sorted(devices) for row in known_bad.rows_for(kernel.name, *device)]
+        for row in {id(row): row for row in rows}.values():  # two devices alike have the same
+            text = f"with {row.conditions()}: {row.what}; {row.link}"
+            fix = f"ATTN_ALLOW_KNOWN_BAD={kernel.name}" if state == "known-bad" else None
+            yield Finding(what="known-bad", name=kernel.name, state=state, reason=text, fix=fix)
 
 
 def _findings_of_variables() -> Iterator[Finding]:
@@ -134,10 +156,11 @@ def _findings_of_variables() -> Iterator[Finding]:
             if name not in plugins:
                 text = f"no plugin {name!r} is installed.{suggestion(name, plugins)}"
                 yield Finding(what="variable", name=variable, state="ignored", reason=text)
-    for pattern in read.prefer:
-        if not any(fnmatchcase(kernel, pattern) for kernel in kernels):
-            text = f"no kernel matches {pattern!r}.{suggestion(pattern, kernels)}"
-            yield Finding(what="variable", name="ATTN_PREFER", state="ignored", reason=text)
+    for variable, patterns in (("ATTN_PREFER", read.prefer), ("ATTN_ALLOW_KNOWN_BAD", read.allow_known_bad)):
+        for pattern in patterns:
+            if not any(fnmatchcase(kernel, pattern) for kernel in kernels):
+                text = f"no kernel matches {pattern!r}.{suggestion(pattern, kernels)}"
+                yield Finding(what="variable", name=variable, state="ignored", reason=text)
 
 
 def _findings_table(found: list[Finding]) -> Any:

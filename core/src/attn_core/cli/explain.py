@@ -13,6 +13,7 @@ import torch
 from ..bias import AttnBias, Causal, KeyPadding, Paged, TensorBias, Window
 from ..dispatch import ATTENTION, asked
 from ..door import compute_capability
+from ..environment import ALLOWABLE
 from ..explain import Explanation, explain_problem
 from ..problem import Problem
 from ..scope import allow, prefer
@@ -99,7 +100,7 @@ def bias_flag(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 @click.option("--deterministic", is_flag=True, help="As under torch.use_deterministic_algorithms(True).")
 @click.option("--kernel", help="Insist on this one.")
 @click.option("--prefer", "preferred", multiple=True, metavar="PATTERN", help="Kernels that come first; repeatable.")
-@click.option("--allow", "allowed", multiple=True, type=click.Choice(["approximate"]), help="What may be chosen, too.")
+@click.option("--allow", "allowed", multiple=True, type=click.Choice(ALLOWABLE), help="What may be chosen, too.")
 @click.option("--json", "as_json", is_flag=True, help="The same, for programs.")
 @click.pass_context
 def explain(ctx: click.Context, /, as_json: bool, **flags: Any) -> None:
