@@ -1,7 +1,7 @@
 """Calibration: measures the kernels of this machine on small problems, and fits their constants to what they took.
 
-Times are disturbed upwards alone, by whoever else is on the machine, so the least of several counts. The problems of a
-kernel take turns: what slows the machine for a while then meets all of them.
+Times are disturbed upwards alone, by whoever else is on the machine, so the least of several counts. The problems of
+all kernels take turns: what slows the machine for a while then meets all of them.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import isqrt
+from math import isqrt, prod
 from typing import Any
 
 import torch
@@ -32,11 +32,11 @@ from .registry import registry
 
 SEED = 20261121
 #: Problems per kernel and direction, and what the longest may take by the estimate that is there so far.
-PROBLEMS, LONGEST = 24, 80e-3
-#: Seconds for one kernel; and how often a problem is measured at least, unless that takes twice as long.
-BUDGET, ROUNDS = 10.0, 3
+PROBLEMS, LONGEST = 24, 40e-3
+#: Seconds of measuring; and how often a problem is measured at least, unless that takes twice as long.
+BUDGET, ROUNDS = 60.0, 3
 #: What one figure is taken over, where a call takes less: a clock has limits.
-LEAST = 200e-6
+LEAST = 1e-3
 
 LENGTHS = (16, 32, 64, 96, 144, 256, 400, 576, 784, 1024, 1600, 2304, 3136, 4096)
 SHAPES = ((1, 4, 64), (1, 8, 32), (2, 2, 64), (1, 16, 16), (1, 2, 128), (4, 4, 32), (1, 6, 64), (1, 1, 64), (2, 8, 16))
@@ -136,15 +136,23 @@ def _first(kernel: Kernel, kind: str, grad: bool) -> bool:
     return not kernel.refusals(case(kind, bias, 1, seqlen, 2, 32, grad=grad).problem)
 
 
-def least_times(calls: Sequence[Callable[[], object]], budget: float, rounds: int = ROUNDS) -> list[float]:
-    """Seconds of each call, the least of those measured: in `rounds` at least, and more while the budget lasts."""
+def least_times(
+    calls: Sequence[Callable[[], object]],
+    budget: float,
+    rounds: int = ROUNDS,
+    tell: Callable[[float], None] = lambda share: None,
+) -> list[float]:
+    """Seconds of each call, the least of those measured: in `rounds` at least, and more while the budget lasts.
+
+    `tell` is told which share of the budget is spent.
+    """
     least, repeats = [], []
     start = time.perf_counter()
     for call in calls:
         call()  # tables, caches
         taken = _timed(call, 1)
         least.append(taken)
-        repeats.append(max(1, min(50, round(LEAST / max(taken, 1e-9)))))
+        repeats.append(max(1, min(20, round(LEAST / max(taken, 1e-9)))))
     order = list(range(len(calls)))
     chance = random.Random(SEED)
     collecting = gc.isenabled()
@@ -152,6 +160,7 @@ def least_times(calls: Sequence[Callable[[], object]], budget: float, rounds: in
     try:
         done = 0
         while (spent := time.perf_counter() - start) < budget or (done < rounds and spent < 2 * budget):
+            tell(min(1.0, spent / max(budget, 1e-9)))
             chance.shuffle(order)
             for place in order:
                 least[place] = min(least[place], _timed(calls[place], repeats[place]))
@@ -194,7 +203,7 @@ def _fitted(kernel: Kernel, measured: Sequence[tuple[Problem, float]], old: Cost
     quantities = torch.tensor([[row[name] for name in told] for row in rows], dtype=torch.float64)
     seconds = torch.tensor([taken for _, taken in measured], dtype=torch.float64)
     constants = relative_least_squares(quantities, seconds).tolist()
-    values: dict[str, Any] = {name: float(f"{value:.3g}") for name, value in zip(told, constants)}
+    values: dict[str, Any] = {name: _rounded(value) for name, value in zip(told, constants)}
     return replace(old, **values)
 
 
@@ -210,22 +219,15 @@ class Fit:
     error_after: tuple[float, float]
 
 
-def calibrate_kernel(kernel: Kernel, budget: float = BUDGET) -> Fit | None:
-    """Measures and fits one kernel on the CPU; None where it takes none of the problems there."""
-    cases = [each for grad in (False, True) for each in cases_for(kernel, grad=grad)]
-    if not cases:
-        return None
-    taken = least_times([each.prepared(kernel.name) for each in cases], budget)
-    measured = [(each.problem, seconds) for each, seconds in zip(cases, taken)]
-    threads = torch.get_num_threads()
-    source = Calibration(device="cpu", name=device_name(), torch=torch.__version__, threads=threads).source
+def fit_kernel(kernel: Kernel, measured: Sequence[tuple[Problem, float]], *, threads: int, source: str) -> Fit:
+    """The kernel's constants by these times, and how far the estimates are off, before and after."""
     cost = fit_cost(kernel, measured, threads=threads, source=source)
     after = replace(kernel, costs={**kernel.costs, "cpu": cost})
     return Fit(
         kernel=kernel.name,
         before=kernel.cost("cpu"),
         after=cost,
-        problems=len(cases),
+        problems=len(measured),
         error_before=errors_of(kernel, measured),
         error_after=errors_of(after, measured),
     )
@@ -247,28 +249,33 @@ WRITTEN: dict[str, Callable[[int], AttnBias]] = {
 LENGTHS_WRITTEN = (16, 64, 144, 400, 784, 1296, 2304)
 
 
-def calibrate_rates(budget: float = BUDGET) -> Rates:
-    """Measures what adaptations take on the CPU."""
-    threads = torch.get_num_threads()
-    grid = [(kind, seqlen) for kind in WRITTEN for seqlen in LENGTHS_WRITTEN]
-    biases = [WRITTEN[kind](seqlen).bind(seqlen, seqlen) for kind, seqlen in grid]
-    copied = [torch.randn(1, 4, seqlen, 64) for seqlen in (16, 64, 256, 1024, 4096)]
-    calls: list[Callable[[], object]] = [partial(bias.dense, "cpu", torch.float32) for bias in biases]
-    calls += [partial(_copy_twice, x) for x in copied]
-    taken = least_times(calls, budget)
+COPIED = tuple((1, 4, seqlen, 64) for seqlen in (16, 64, 256, 1024, 4096))
+
+
+def rate_calls() -> list[Callable[[], object]]:
+    """What tells the rates of adaptations: every kind written out, then copies."""
+    calls: list[Callable[[], object]] = [
+        partial(make(seqlen).bind(seqlen, seqlen).dense, "cpu", torch.float32)
+        for make in WRITTEN.values()
+        for seqlen in LENGTHS_WRITTEN
+    ]
+    return [*calls, *(partial(_copy_twice, torch.randn(shape)) for shape in COPIED)]
+
+
+def fit_rates(taken: Sequence[float], *, threads: int, source: str) -> Rates:
+    """The rates by the times of `rate_calls`."""
     written: dict[str, Written] = {}
-    for kind in WRITTEN:
-        some = [(bias, seconds) for bias, seconds, (name, _) in zip(biases, taken, grid) if name == kind]
-        axes = len(getattr(some[0][0], "axes", (None,)))
-        call, element = _line([(_size(bias) * axes, seconds) for bias, seconds in some])
-        written[kind] = Written(call=call / axes, element=element)
-    # A kind that is not measured is taken for one like these.
+    times = iter(taken)
+    for kind, make in WRITTEN.items():
+        axes = len(getattr(make(LENGTHS_WRITTEN[0]), "axes", (None,)))
+        call, element = _line([(float(seqlen**2 * axes), next(times)) for seqlen in LENGTHS_WRITTEN])
+        written[kind] = Written(call=_rounded(call / axes), element=element)
+    count = len(written)  # a kind that is not measured is taken for one like these
     written["*"] = Written(
-        call=float(f"{sum(rate.call for rate in written.values()) / len(written):.3g}"),
-        element=float(f"{sum(rate.element for rate in written.values()) / len(written):.3g}"),
+        call=_rounded(sum(rate.call for rate in written.values()) / count),
+        element=_rounded(sum(rate.element for rate in written.values()) / count),
     )
-    call, copy = _line([(4.0 * x.numel(), seconds) for x, seconds in zip(copied, taken[len(grid) :])])
-    source = Calibration(device="cpu", name=device_name(), torch=torch.__version__, threads=threads).source
+    call, copy = _line([(4.0 * prod(shape), next(times)) for shape in COPIED])
     return Rates(call=call, copy=copy, written=written, threads=threads, source=source)
 
 
@@ -277,17 +284,16 @@ def _copy_twice(tensor: Tensor) -> tuple[Tensor, Tensor]:
     return tensor.repeat_interleave(2, 1), tensor.repeat_interleave(2, 1)
 
 
-def _size(bias: AttnBias) -> float:
-    seqlen_q, seqlen_kv = bias.bound_lengths()
-    return float(seqlen_q * seqlen_kv)
-
-
 def _line(measured: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """(fixed, per element) seconds."""
     quantities = torch.tensor([[1.0, elements] for elements, _ in measured], dtype=torch.float64)
     seconds = torch.tensor([taken for _, taken in measured], dtype=torch.float64)
     call, element = relative_least_squares(quantities, seconds).tolist()
-    return float(f"{call:.3g}"), float(f"{element:.3g}")
+    return _rounded(call), _rounded(element)
+
+
+def _rounded(seconds: float) -> float:
+    return float(f"{seconds:.3g}")
 
 
 def kernels_to_measure(pattern: str = "*") -> list[Kernel]:
@@ -304,17 +310,24 @@ def kernels_to_measure(pattern: str = "*") -> list[Kernel]:
 
 
 def calibrate(
-    pattern: str = "*", budget: float = BUDGET, tell: Callable[[str], None] = lambda name: None
-) -> Iterator[Fit | Rates]:
-    """Measures one kernel after the other, and at last the adaptations; yields each as it is done, and tells what is
-    next."""
-    for kernel in kernels_to_measure(pattern):
-        tell(kernel.name)
-        fit = calibrate_kernel(kernel, budget)
-        if fit is not None:
-            yield fit
-    tell("adaptations")
-    yield calibrate_rates(budget / 2)
+    pattern: str = "*", budget: float = BUDGET, tell: Callable[[float], None] = lambda share: None
+) -> list[Fit | Rates]:
+    """Measures the kernels of that pattern, and adaptations, and fits their constants.
+
+    Raises InputError where no kernel of that pattern can run on the CPU.
+    """
+    kernels = kernels_to_measure(pattern)
+    cases = [[each for grad in (False, True) for each in cases_for(kernel, grad=grad)] for kernel in kernels]
+    calls = [each.prepared(kernel.name) for kernel, some in zip(kernels, cases) for each in some]
+    taken = iter(least_times([*calls, *rate_calls()], budget, tell=tell))
+    threads = torch.get_num_threads()
+    source = gathered(()).source
+    fits = [
+        fit_kernel(kernel, [(each.problem, next(taken)) for each in some], threads=threads, source=source)
+        for kernel, some in zip(kernels, cases)
+        if some
+    ]
+    return [*fits, fit_rates(list(taken), threads=threads, source=source)]
 
 
 def gathered(found: Sequence[Fit | Rates]) -> Calibration:

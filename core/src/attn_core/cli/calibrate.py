@@ -97,22 +97,13 @@ def _measured(pattern: str, *, quiet: bool) -> tuple[list[Fit | Rates], float]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from ..calibration import calibrate as measure
-    from ..calibration import kernels_to_measure
 
     start = time.perf_counter()
-    names = [kernel.name for kernel in kernels_to_measure(pattern)]
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    found: list[Fit | Rates] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True, quiet=quiet)) as progress:
-        task = progress.add_task("measuring", total=len(names) + 1)
-
-        def tell(name: str) -> None:
-            progress.update(task, description=f"measuring {name}")
-
-        for each in measure(pattern, tell=tell):
-            found.append(each)
-            progress.advance(task)
-        progress.update(task, description="measured", completed=len(names) + 1)
+        task = progress.add_task("measuring", total=1.0)
+        found = measure(pattern, tell=lambda share: progress.update(task, completed=share))
+        progress.update(task, description="measured", completed=1.0)
     return found, time.perf_counter() - start
 
 
