@@ -41,6 +41,10 @@ LARGEST_DIM = 512
 FIRST_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FIRST_DIMS = (32, 64, 16, 128, 8)
 BATCH, HEADS, SEQLEN, SEQLEN_KV = 2, 6, 33, 47
+#: Several tiles of any kernel, and no multiple of one.
+SEQLEN_LONG = 165
+#: (seqlen_q, seqlen_kv) on which each bias is tried.
+LENGTHS = ((SEQLEN, SEQLEN), (SEQLEN, SEQLEN_KV), (SEQLEN_KV, SEQLEN), (SEQLEN_LONG, SEQLEN_LONG))
 #: One more than fits the 16 bits that a grid of blocks has on its second and third axis.
 MANY_ROWS = (1 << 16) + 1
 
@@ -187,7 +191,7 @@ def _biases(capabilities: Capabilities, base: Problem) -> Iterator[Case]:
     trains = isinstance(capabilities.backward, Backward) and capabilities.backward.bias_grad
     for declared in sorted(capabilities.biases, key=str):
         name = declared.__name__ if isinstance(declared, type) else repr(declared)
-        for seqlen_q, seqlen_kv in ((SEQLEN, SEQLEN), (SEQLEN, SEQLEN_KV), (SEQLEN_KV, SEQLEN)):
+        for seqlen_q, seqlen_kv in LENGTHS:
             problem = replace(base, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv)
             for bias in examples(declared, problem, trains):
                 bound = bias.bind(seqlen_q, seqlen_kv).normalize()
@@ -224,11 +228,12 @@ def examples(declared: BiasKind, problem: Problem, trains: bool) -> Iterator[Att
                 yield Window(left, right, corner)  # type: ignore[arg-type]
     if declared in (Neighborhood, Mask, AttnBias) and equal:
         yield Neighborhood(seqlen_q, kernel_size=7)
-        yield Neighborhood((3, seqlen_q // 3), kernel_size=(2, 3), dilation=(1, 2), stride=(2, 1))
+        yield Neighborhood(seqlen_q, kernel_size=3, dilation=5)
+        yield Neighborhood((seqlen_q // 3, 3), kernel_size=(4, 3), stride=(3, 1), dilation=(2, 1))
         yield Neighborhood((3, seqlen_q // 3), kernel_size=3, is_causal=(True, False))
     if declared in (Segments, Mask, AttnBias):
         first = min(seqlen_q, seqlen_kv) // 3
-        of_q, of_kv = [first, 1, seqlen_q - first - 1], [first, 1, seqlen_kv - first - 1]
+        of_q, of_kv = [first, 1, seqlen_q - first - 1], [1, seqlen_kv - first - 1, first]
         yield Segments(of_q, of_kv)
         yield Segments(of_q, of_kv, within=Causal("bottom-right"))
     if declared in (Intersection, Mask, AttnBias):
@@ -283,6 +288,10 @@ def _options(capabilities: Capabilities, base: Problem) -> Iterator[Case]:
         for bias in _one_bias_each(capabilities, problem):
             both = replace(problem, bias=bias)
             yield Case(label=f"lse, {bias!r}", proves="return_lse", problem=both, empty_rows=True, bias=_plain(bias))
+    for bias in _one_bias_each(capabilities, base):
+        for scale in (0.0, -0.2):  # a mask that is added before the scale is none
+            problem = replace(base, bias=bias, scale=scale)
+            yield Case(label=f"scale {scale:g}, {bias!r}", problem=problem, bias=_plain(bias))
     if capabilities.strided_head_dim:
         yield Case(label="strided", proves="strided_head_dim", problem=replace(base, strided_head_dim=True))
 
