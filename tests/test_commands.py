@@ -23,7 +23,7 @@ def sessions() -> dict[str, str | None]:
 
 def sessions_named_in(file: str) -> list[str]:
     text = (ROOT / file).read_text(encoding="utf-8")
-    return re.findall(r"\bnox (?:-R )?-s ([a-z_]+)", text)
+    return re.findall(r"\bnox (?:-R )?-s \"?([a-z_]+)", text)
 
 
 def test_the_readme_has_the_two_commands_that_do_everything():
@@ -41,8 +41,12 @@ def test_every_session_that_a_document_names_exists(file):
 
 def test_every_session_says_what_it_does():
     found = sessions()
-    assert set(found) >= {"demo", "tests", "lint", "types", "build", "bench"}
+    assert set(found) >= {"demo", "tests", "lint", "types", "build", "bench", "core", "combo", "lowest", "gpu"}
     assert [name for name, text in found.items() if not text] == []
+
+
+def test_the_page_for_contributors_names_every_session():
+    assert set(sessions()) <= {*sessions_named_in("CONTRIBUTING.md"), "demo"}, "the README has the demo"
 
 
 def test_continuous_integration_ends_with_the_tests_as_the_readme_runs_them():
@@ -50,8 +54,8 @@ def test_continuous_integration_ends_with_the_tests_as_the_readme_runs_them():
     commands = [line for line in script.splitlines() if line and not line.lstrip().startswith("#")]
     install, tests = TESTS.split(" && ")
     assert any(line.endswith(install) for line in commands)
-    runs = [re.search(r"nox -s [a-z]+(?= 2>|$)", line) for line in commands]
-    assert [run[0] for run in runs if run] == ["nox -s lint", "nox -s types", tests]
+    runs = [re.search(r"nox -s [a-z]+(?= 2>| --|$)", line) for line in commands]
+    assert [run[0] for run in runs if run] == ["nox -s lint", "nox -s types", "nox -s core", tests]
 
 
 def test_the_constraints_name_one_torch_by_its_plain_version():

@@ -3,8 +3,8 @@
 import io
 import os
 import sys
+from importlib.util import find_spec
 
-import matplotlib.image
 import pytest
 import torch
 from attn_core import ALiBi, Causal, Neighborhood, Segments, TensorBias, Window
@@ -14,9 +14,9 @@ from attn_core.cli.expression import parse
 from attn_core.cli.lengths import lengths_of
 from attn_core.cli.picture import Panel, painted, png, read
 from click.testing import CliRunner
-from matplotlib.colors import to_rgb
 
 INF = float("inf")
+needs_matplotlib = pytest.mark.skipif(find_spec("matplotlib") is None, reason="pip install 'attn-core[show]'")
 
 
 def attn(*arguments, exit_code=0):
@@ -128,6 +128,7 @@ def test_lengths_that_an_expression_tells_are_the_default(text):
     ],
     ids=["intersection", "neighborhood", "large", "scores", "not finite"],
 )
+@needs_matplotlib
 def test_every_cell_of_the_matrix_is_in_the_picture(text, flags, bias, tmp_path):
     out = tmp_path / "mask.png"
     printed = attn(text, *flags, "--out", str(out))
@@ -138,6 +139,7 @@ def test_every_cell_of_the_matrix_is_in_the_picture(text, flags, bias, tmp_path)
     assert len(seen.reshape(-1, 3).unique(dim=0)) == len(values[~values.isnan()].unique())
 
 
+@needs_matplotlib
 def test_several_share_one_picture(tmp_path):
     out = tmp_path / "grid.png"
     texts = ["Causal()", "Window(2, 0)", "KeyPadding([2, 9])", "ALiBi(4)"]
@@ -150,13 +152,18 @@ def test_several_share_one_picture(tmp_path):
     assert titles == ["Causal()", "Window(2, 0)", "KeyPadding([2, 9]), batch entry 0", "ALiBi(4), head 0"]
 
 
+@needs_matplotlib
 def test_the_chosen_head_and_batch_entry_are_in_the_picture(tmp_path):
     out = tmp_path / "a.png"
     attn("ALiBi(2)", "--seqlen", "4", "--head", "1", "--out", str(out))
     same_colours(pixels(out.read_bytes())[0], painted(cells(ALiBi(2).bind(4, 4), head=1))[0])
 
 
+@needs_matplotlib
 def test_what_is_read_from_a_picture_is_in_its_pixels():
+    import matplotlib.image
+    from matplotlib.colors import to_rgb
+
     data = png([Panel(title="one cell", cells=torch.zeros(1, 1, dtype=torch.float64))])
     image = torch.from_numpy(matplotlib.image.imread(io.BytesIO(data)).copy())[..., :3]
     kept = torch.tensor(to_rgb(picture.KEPT))
@@ -177,11 +184,13 @@ def test_a_mask_has_two_colours_and_scores_have_shades_between_the_least_and_the
 
 
 @pytest.mark.parametrize("shape", [(0, 0), (0, 3), (3, 0), (1, 1), (1, 2048)], ids=str)
+@needs_matplotlib
 def test_a_matrix_of_any_shape_makes_a_picture(shape):
     data = png([Panel(title="a title " * 30, cells=torch.zeros(shape, dtype=torch.float64))])
     assert [seen.shape for seen in pixels(data)] == [(*shape, 3)]
 
 
+@needs_matplotlib
 def test_a_picture_takes_the_place_of_the_one_before(tmp_path):
     out = tmp_path / "mask.PNG"
     out.write_bytes(b"before")
@@ -202,6 +211,7 @@ def test_without_matplotlib_the_line_to_type_is_said_and_nothing_is_written(tmp_
     assert "█" in attn("Causal()", "--seqlen", "3")
 
 
+@needs_matplotlib
 def test_a_picture_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     out = tmp_path / "mask.png"
     out.write_bytes(b"before")
@@ -216,6 +226,7 @@ def test_a_picture_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [out]
 
 
+@needs_matplotlib
 def test_a_picture_that_cannot_be_drawn_leaves_nothing(tmp_path, monkeypatch):
     def fail(panels):
         raise RuntimeError("drawing failed")
