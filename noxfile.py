@@ -63,7 +63,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def core(session: nox.Session) -> None:
-    """Run the tests of the core with nothing but what it depends on and tools of tests; those that need more are skipped."""
+    """Run the tests of the core with nothing but what it depends on; those that need an extra are skipped."""
     install_torch(session)
     install(session, "-e", "core", "pytest", "pytest-xdist", "hypothesis")
     session.run("pytest", *IN_TWO, *(session.posargs or ["core/tests"]), env=ONE_THREAD)
