@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .bias import AttnBias, Mask, TensorBias
-from .capabilities import Capabilities, takes_dense_mask
+from .capabilities import Capabilities, covers, takes_dense_mask
 from .cost import Terms
 from .problem import Problem
 from .rates import Rates, shipped_rates
@@ -161,12 +161,17 @@ def _with_unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-# zero_padding: what lies behind the lengths is replaced by zeros, for kernels that only mask it (NaN + -inf is NaN)
+# zero_padding: what lies behind the lengths is replaced by zeros, for kernels that only mask it (NaN + -inf is NaN);
+# the bias has no padding any more then, and is as any other of its rule
 
 
 def _zeroed(problem: Problem, capabilities: Capabilities) -> Problem | None:
-    padded = problem.bias is not None and problem.bias.has_padding
-    return problem if padded and takes_dense_mask(capabilities) else None
+    bias = problem.bias
+    if bias is None or not bias.has_padding or problem.in_pages:
+        return None
+    zeroed = bias.without_padding()
+    helps = takes_dense_mask(capabilities) or covers(capabilities.biases, zeroed)
+    return replace(problem, bias=zeroed) if helps else None
 
 
 def _kv_elements(before: Problem, after: Problem) -> Terms:
@@ -179,7 +184,8 @@ def _apply_zero(x: Operands, before: Problem, after: Problem, heads: int) -> Ope
     if valid is None:
         return x
     valid = valid[:, :, None, None] if heads == 2 else valid[:, None, :, None]
-    return replace(x, key=torch.where(valid, x.key, 0), value=torch.where(valid, x.value, 0))
+    key, value = torch.where(valid, x.key, 0), torch.where(valid, x.value, 0)
+    return replace(x, key=key, value=value, bias=x.bias.without_padding())
 
 
 # materialize: a bias is written out as a tensor

@@ -248,6 +248,11 @@ class AttnBias(ABC):
         """Whether keys behind its lengths do not exist, and may be anything; then `valid_keys` says which do."""
         return type(self).valid_keys is not AttnBias.valid_keys
 
+    def without_padding(self) -> AttnBias:
+        """The same for keys and values that hold zeros where none exist: a mask that has no padding. Other biases stay
+        as they are."""
+        return self
+
     def pairs(self) -> float:
         """How many (query, key) pairs remain, per batch entry and head; an estimate suffices."""
         seqlen_q, seqlen_kv = self.bound_lengths()
@@ -354,6 +359,11 @@ class Mask(Kind):
 
     def score(self, logit: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return torch.where(self.keep(b, h, q, k), logit, MASKED)
+
+    def without_padding(self) -> Mask:
+        from .zero_padded import ZeroPadded  # which is a mask itself
+
+        return ZeroPadded(self, self.lengths) if self.has_padding else self
 
     @abstractmethod
     def keep(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:

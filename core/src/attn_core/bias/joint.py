@@ -95,6 +95,9 @@ class Joint(Kind):
     def has_padding(self) -> bool:
         return any(part.has_padding for part in self.parts)
 
+    def without_padding(self: Self) -> Self:
+        return self._of([part.without_padding() for part in self.parts], self.lengths) if self.has_padding else self
+
     @property
     def device(self) -> torch.device | None:
         return next((part.device for part in self.parts if part.device is not None), None)

@@ -158,6 +158,9 @@ class Paged(Mask):
     def gathered(self) -> Cached:
         return cached(self.seqlens_kv, self.within, self.lengths)
 
+    def without_padding(self) -> Paged:
+        return self  # pages are shared and stay as they are; what is gathered from them can be zeroed
+
     def gather(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values in a row, `[batch, seqlen_kv, num_kv_heads, head_dim]`, of `[num_pages, page_size, ...]`.
 

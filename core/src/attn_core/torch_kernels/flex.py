@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..bias import AttnBias, BlockMask, Intersection, Mask, Score, ScoreMod, Segments, Sum, TensorBias
+from ..bias.zero_padded import ZeroPadded
 from ..capabilities import ANY_DIM, Backward, Capabilities, Refusal
 from ..cost import Cost
 from ..kernel import Kernel
@@ -69,7 +70,8 @@ def refuse(problem: Problem) -> Iterator[Refusal]:
 
 
 def _parts(mask: Mask | None) -> tuple[Mask, ...]:
-    return mask.parts if isinstance(mask, Intersection) else () if mask is None else (mask,)
+    parts = mask.parts if isinstance(mask, Intersection) else () if mask is None else (mask,)
+    return tuple([part.padded if isinstance(part, ZeroPadded) else part for part in parts])
 
 
 def _read_by_lookup(part: AttnBias) -> bool:

@@ -9,9 +9,11 @@ from math import ceil, prod
 
 import torch
 
-from ...bias import Mask
+from ...bias import Intersection, Mask
+from ...bias.zero_padded import ZeroPadded
 from ...cost import Work
 from ...problem import Problem
+from .blocks import ROWS
 from .cut import WIDE, tiling_of
 from .runs import BACKWARD_BYTES, FORWARD_BYTES, Run
 from .strips import Strips
@@ -20,6 +22,10 @@ _modes_of_dispatch = torch._C._len_torch_dispatch_stack
 
 #: What a pair takes in the backward, as a multiple of one in the forward.
 BACKWARD_PAIR = 3.0
+#: What a pair takes where its mask is evaluated in the call, as a multiple of one whose mask was made before.
+EVALUATED = 1.35
+#: What cutting a block of queries in the call, and running it, takes in parts.
+BLOCK = 2.0
 #: What the calls that copy the operands into strips and back take, in parts.
 COPIES = 4.0
 
@@ -27,14 +33,26 @@ COPIES = 4.0
 def work(problem: Problem) -> Work | None:
     """Pairs, parts and copies; None where a mask cannot be cut before the call: then the pairs that it leaves count."""
     mask = problem.bias
-    if problem.device != "cpu" or not isinstance(mask, Mask) or mask.holds_data or _modes_of_dispatch():
+    if problem.device != "cpu" or not isinstance(mask, Mask) or _modes_of_dispatch():
         return None
+    if mask.holds_data:
+        return _at_the_call(problem, mask) if _was_padded(mask) else None
     once = _of(problem, mask, backward=False)
     if not problem.needs_backward:
         return once
     again = _of(problem, mask, backward=True)
     pairs = (once.pairs + BACKWARD_PAIR * again.pairs) / (1 + BACKWARD_PAIR)
     return Work(pairs, once.parts + again.parts, once.copied + again.copied)
+
+
+def _was_padded(mask: Mask) -> bool:
+    return isinstance(mask, ZeroPadded) or (isinstance(mask, Intersection) and any(map(_was_padded, mask.parts)))
+
+
+def _at_the_call(problem: Problem, mask: Mask) -> Work:
+    """Of a mask with lengths of its own for each batch entry: each is cut anew at each call, in either direction."""
+    blocks = mask.batch_and_heads[0] * ceil(problem.seqlen_q / ROWS)
+    return Work(EVALUATED * mask.pairs(), BLOCK * blocks * (2 if problem.needs_backward else 1))
 
 
 def _of(problem: Problem, mask: Mask, *, backward: bool) -> Work:
