@@ -141,6 +141,14 @@ def _read(path: Path) -> Counts:
     return found  # type: ignore[no-any-return]
 
 
+def is_file_of_counts(path: Path) -> bool:
+    """Whether counts are kept in it, and nothing else."""
+    try:
+        return bool(_read(path))
+    except (InputError, OSError):
+        return False
+
+
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with open(path, "a+b") as file:
