@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 SEED = 20261121
 PROBLEMS = 1050
 #: Kernels that must have taken at least so many of the problems.
-ACCEPTED = {"torch/flash": 100, "torch/math": 100, "torch/reference": 100, "torch/flex": 100}
+ACCEPTED = {"torch/flash": 100, "torch/math": 100, "torch/reference": 100, "torch/flex": 100, "torch/tiled": 100}
 #: How often each thing that a kernel may declare must have been asked for.
 ASKED = 20
 
@@ -37,6 +37,7 @@ REASONS = {
     "backward": lambda p: p.needs_backward,
     "lse_grad": lambda p: p.needs_backward and p.return_lse,
     "bias_grad": lambda p: p.bias_requires_grad,
+    "bias": lambda p: p.bias is not None and bool(p.bias.scores),  # every kernel takes masks, written out or not
 }
 
 accepted: Counter[str] = Counter()
