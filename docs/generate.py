@@ -8,6 +8,7 @@ What is generated is marked in the documents:
 - a code block "python run" is run, all those of one page in one namespace;
 - a code block "text output" is what the block run before it printed;
 - a code block "python signature NAME" is the signature of that public name;
+- a code block "toml file PATH", or of another language, is that file of the project that `attn new attn-hello` writes;
 - what lies between `<!-- generated: NAME -->` and `<!-- end -->` is the table of that name.
 
 The tests compare the documents with what this would write, but for seconds, and for the rows of kernels that depend on
@@ -28,20 +29,24 @@ from typing import Any
 
 import attn_core
 import click
-from attn_core import AttnBias, Backward, Capabilities, Cost, Kernel, hookspecs
+import torch
+from attn_core import AttnBias, Backward, Capabilities, Cost, Kernel, conformance, hookspecs
 from attn_core.cli.declared import listed, sizes
 from attn_core.cli.group import BUILT_IN
+from attn_core.cli.new import Names, project
 from attn_core.torch_kernels import attn_kernels
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 
 FENCE = re.compile(
-    r"^```(?P<language>\w+) (?P<what>run|output|signature)(?: (?P<name>[\w.]+))?\n(?P<body>.*?)^```$", re.M | re.S
+    r"^```(?P<language>\w+) (?P<what>run|output|signature|file)(?: (?P<name>[\w./]+))?\n(?P<body>.*?)^```$", re.M | re.S
 )
 REGION = re.compile(r"(?P<head><!-- generated: (?P<name>[\w ./-]+) -->\n).*?(?=^<!-- end -->$)", re.M | re.S)
 
 YES, NO = "yes", "·"
+#: Of torch, while code blocks are run.
+THREADS = 2
 
 
 def documents() -> list[Path]:
@@ -49,7 +54,19 @@ def documents() -> list[Path]:
 
 
 def written(text: str) -> str:
-    """`text` with everything generated anew. What its code blocks raise is raised."""
+    """`text` with everything generated anew. What its code blocks raise is raised.
+
+    Estimates depend on the threads of torch, so it has as many as documents are written with.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    try:
+        return _written(text)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _written(text: str) -> str:
     namespace: dict[str, Any] = {"__name__": "document"}
     printed = ""
 
@@ -62,6 +79,8 @@ def written(text: str) -> str:
                 exec(compile(match["body"], "<document>", "exec", dont_inherit=True), namespace)
             printed = "".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines())
             return match[0]
+        if match["what"] == "file":
+            return f"{head}\n{new_project()[match['name']]}```"
         body = printed if match["what"] == "output" else signature(match["name"])
         return f"{head}\n{body}```"
 
@@ -75,7 +94,8 @@ def written(text: str) -> str:
 def signature(name: str) -> str:
     """The signature of a public name, or "Class.method", as it is written in a source file."""
     owner, _, method = name.partition(".")
-    target: Any = hookspecs if owner == "attn_kernels" else attn_core
+    homes: list[Any] = [attn_core, hookspecs, conformance]
+    target: Any = next(home for home in homes if hasattr(home, owner))
     target = getattr(getattr(target, owner), method) if method else getattr(target, owner)
     signed = inspect.signature(target)
     parameters = [p for p in signed.parameters.values() if p.name != "self"]
@@ -293,7 +313,8 @@ def options_of(command: str) -> list[list[str]]:
     for option in found.params:
         if isinstance(option, click.Argument):
             name = option.metavar or (option.name or "").upper()
-            rows.append([f"`{name}`", "required" if option.required else f"optional; default `{option.default}`"])
+            default = f"; default `{option.default}`" if isinstance(option.default, str) else ""
+            rows.append([f"`{name}`", "required" if option.required else f"optional{default}"])
         elif isinstance(option, click.Option):
             values = ""
             if not option.is_flag:
@@ -305,11 +326,50 @@ def options_of(command: str) -> list[list[str]]:
     return rows
 
 
+def new_project() -> dict[str, str]:
+    """The files that `attn new attn-hello` writes."""
+    return project(Names("attn-hello"))
+
+
+#: What the files of a new project are for, in the order in which they are met.
+FILES = {
+    "pyproject.toml": "name, version, what is needed, the entry point by which attn finds it, settings of tools",
+    "src/attn_hello/__init__.py": "the hook: attn asks it for kernels",
+    "src/attn_hello/attend.py": "the kernel: a function, what it can do, what it costs",
+    "src/attn_hello/py.typed": "empty: type checkers may read the package",
+    "tests/test_kernels.py": "the conformance kit, on that kernel",
+    "README.md": "what the package index and the repository show first",
+    "CHANGELOG.md": "a heading per version",
+    "LICENSE": "Apache-2.0, as attn's own; with another, change `license` in pyproject.toml",
+    "noxfile.py": "`nox` runs lint, types and tests; `nox -s build` and `nox -s certificate` are for a release",
+    ".github/workflows/tests.yml": "runs `nox` for every change, on GitHub",
+    ".gitignore": "what tools leave behind",
+}
+
+
+def files_of_a_new_project() -> list[list[str]]:
+    """Each file and what it is for."""
+    if set(FILES) != set(new_project()):
+        raise ValueError(f"FILES: a new project has other files: {sorted(set(FILES) ^ set(new_project()))}")
+    return [["file", "for"], *([f"`{path}`", text] for path, text in FILES.items())]
+
+
+def checks() -> list[list[str]]:
+    """The checks of the conformance kit, by group."""
+    groups = list(dict.fromkeys(check.group for check in conformance.CHECKS.values()))
+    return [
+        ["group", "check", "what must hold"],
+        *([group, f"`{c.name}`", c.about] for group in groups for c in conformance.CHECKS.values() if c.group == group),
+    ]
+
+
 TABLES: dict[str, Callable[..., list[list[str]]]] = {
     "kernels-in-short": kernels_in_short,
     "kernels-on": kernels_on,
     "fields-of": fields_of,
     "options-of": options_of,
+    "files-of-a-new-project": files_of_a_new_project,
+    "checks": checks,
 }
 
 

@@ -19,6 +19,8 @@ import torch
 from attn_core import adapt, dispatch, environment, errors, select
 from attn_core.capabilities import Capabilities
 from attn_core.cli.group import BUILT_IN, main
+from attn_core.conformance import CheckResult
+from attn_core.conformance.certificate import certificate
 from attn_core.record import Row
 from attn_core.registry import Plugin, State
 from attn_core.testing import fake_distribution, importable
@@ -133,6 +135,40 @@ def test_the_hook_has_its_signature_in_the_reference():
 @pytest.mark.parametrize("name", attn_core.testing.__all__)
 def test_every_name_for_tests_of_plugins_is_in_the_reference(name):
     assert f"`{name}" in reference("testing.md")
+
+
+@pytest.mark.parametrize("name", attn_core.conformance.__all__)
+def test_every_name_of_the_conformance_kit_is_in_the_reference(name):
+    text = reference("testing.md").partition("\n## attn_core.conformance\n")[2]
+    assert f"```python signature {name}\n" in text or f"`{name}`" in text
+
+
+def test_every_option_of_the_pytest_plugin_is_documented():
+    from attn_core.testing import plugin
+
+    options = re.findall(r"addoption\(\"(--[\w-]+)\"", inspect.getsource(plugin))
+    assert options
+    assert [
+        cells[0].split()[0] for cells in first_cells(section(reference("testing.md"), "The pytest plugin"))
+    ] == options
+
+
+def test_every_key_of_a_certificate_is_documented_in_order():
+    kernel = attn_core.kernel("torch/math")
+    data = certificate(kernel, "cpu", []).as_data()
+    assert [cells[0] for cells in first_cells(section(reference("testing.md"), "Certificates"))] == list(data)
+
+
+def test_every_field_of_a_result_of_the_kit_is_documented():
+    text = section(reference("testing.md"), "check_kernel")
+    assert {field.name for field in fields(CheckResult)} <= keys_in(text)
+
+
+def test_the_tutorial_shows_the_files_that_make_a_plugin():
+    page = text_of(ROOT / "docs" / "tutorial" / "your-first-kernel.md")
+    shown = [info.split()[-1] for info, _ in blocks(page) if " file " in info]
+    assert set(shown) >= {"pyproject.toml", "src/attn_hello/__init__.py", "src/attn_hello/attend.py"}
+    assert "attn new attn-hello" in commands_in(page)
 
 
 def test_every_argument_that_the_integration_of_transformers_refuses_is_documented():
@@ -273,8 +309,9 @@ def test_every_key_that_a_command_prints_as_json_is_documented(command, alone):
     printed = json.loads(CliRunner().invoke(main, [command, "--json"]).output)
     text = section(reference("cli.md"), f"attn {command}")
     if command == "plugins":
-        assert [list(each) for each in printed] == [[field.name for field in fields(Plugin)]] * len(printed)
+        assert [list(each) for each in printed] == [[*(field.name for field in fields(Plugin)), "file"]] * len(printed)
         assert "the fields of [Plugin]" in text
+        assert "`file`" in text
         return
     keys = set(printed) if isinstance(printed, dict) else {key for each in printed for key in each}
     assert keys <= keys_in(text)
