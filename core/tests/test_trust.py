@@ -31,6 +31,7 @@ def ended(code, folder, **environment):
         capture_output=True,
         text=True,
         check=False,
+        cwd=folder,
     )
 
 
@@ -168,7 +169,7 @@ def test_no_variable_makes_a_module_of_its_value_run(tmp_path):
             try:
                 attn_core.refresh()
                 attn_core.attention(x, x, x)
-                attn_core.scaled_dot_product_attention(x, x, x, torch.ones(4, 4).bool())
+                attn_core.scaled_dot_product_attention(x, x, x, torch.ones(2, 2).bool())
             except attn_core.AttnError as error:
                 told.append(variable)
             assert "payload" not in sys.modules, (variable, value)
