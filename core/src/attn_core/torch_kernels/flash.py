@@ -136,7 +136,24 @@ KERNEL = Kernel(
     prepare=prepare,
     costs={
         "cpu": Cost(
-            call=9.8e-6, pair_dim=22e-12, pair=0.86e-9, token_dim=1.15e-9, mask=0.24e-9, backward=3.3, source=MEASURED
+            call=1.36e-05,
+            pair_dim=5.92e-11,
+            pair=6.44e-10,
+            token=8.55e-08,
+            mask=1.73e-10,
+            element=2.54e-09,
+            threads=1,
+            with_backward=Cost(
+                call=0.000144,
+                pair_dim=1.75e-10,
+                pair=2.53e-09,
+                token_dim=3.21e-09,
+                token=4.13e-07,
+                element=1.13e-08,
+                backward=0.0,
+                threads=1,
+            ),
+            source=MEASURED,
         ),
         "cuda": Cost(call=12e-6, pair_dim=8e-15, pair=0.2e-12, token_dim=1e-12),
     },

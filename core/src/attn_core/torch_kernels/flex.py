@@ -126,7 +126,16 @@ KERNEL = Kernel(
     layout="heads-first",
     refuse=refuse,
     costs={
-        "cpu": Cost(call=4.5e-3, pair_dim=26e-12, pair=6.6e-9, token_dim=0.4e-9, mask=11e-9, source=MEASURED),
+        "cpu": Cost(
+            call=0.0037,
+            pair_dim=8.81e-11,
+            pair=7.29e-09,
+            token=1.76e-06,
+            mask=9.3e-09,
+            element=1.93e-08,
+            threads=1,
+            source=MEASURED,
+        ),
         "cuda": Cost(call=80e-6, pair_dim=12e-15, pair=0.4e-12, token_dim=1e-12, mask=1e-12),
     },
 )

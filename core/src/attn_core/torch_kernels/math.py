@@ -54,7 +54,23 @@ KERNEL = Kernel(
     layout="heads-first",
     costs={
         "cpu": Cost(
-            call=89e-6, pair_dim=30e-12, pair=2.8e-9, token_dim=1.0e-9, mask=0.76e-9, backward=2.2, source=MEASURED
+            call=8.64e-05,
+            pair_dim=3.03e-11,
+            pair=5.52e-09,
+            token=2.76e-08,
+            element=4.65e-09,
+            threads=1,
+            with_backward=Cost(
+                call=0.000396,
+                pair_dim=1.15e-10,
+                pair=6.92e-09,
+                token_dim=3.03e-09,
+                mask=2.07e-10,
+                element=9.91e-09,
+                backward=0.0,
+                threads=1,
+            ),
+            source=MEASURED,
         ),
         "cuda": Cost(call=60e-6, pair_dim=40e-15, pair=16e-12, token_dim=2e-12, mask=6e-12),
         "*": Cost(call=60e-6, pair_dim=30e-12, pair=2e-9, token_dim=1e-9, mask=2e-9),

@@ -14,7 +14,7 @@ from ...bias.zero_padded import ZeroPadded
 from ...cost import Work
 from ...problem import Problem
 from .blocks import ROWS
-from .cut import WIDE, tiling_of
+from .cut import WIDE, tiling_of, whole
 from .runs import BACKWARD_BYTES, FORWARD_BYTES, Run
 from .strips import Strips
 
@@ -33,9 +33,11 @@ COPIES = 4.0
 def work(problem: Problem) -> Work | None:
     """Pairs, parts and copies; None where a mask cannot be cut before the call: then the pairs that it leaves count."""
     mask = problem.bias
-    if problem.device != "cpu" or not isinstance(mask, Mask) or _modes_of_dispatch():
+    if problem.device != "cpu" or _modes_of_dispatch():
         return None
-    if mask.holds_data:
+    if mask is not None and not isinstance(mask, Mask):
+        return None
+    if mask is not None and mask.holds_data:
         return _at_the_call(problem, mask) if _was_padded(mask) else None
     once = _of(problem, mask, backward=False)
     if not problem.needs_backward:
@@ -55,11 +57,12 @@ def _at_the_call(problem: Problem, mask: Mask) -> Work:
     return Work(EVALUATED * mask.pairs(), BLOCK * blocks * (2 if problem.needs_backward else 1))
 
 
-def _of(problem: Problem, mask: Mask, *, backward: bool) -> Work:
+def _of(problem: Problem, mask: Mask | None, *, backward: bool) -> Work:
     like = torch.empty(0, dtype=problem.dtype)
+    tiling = whole(problem.seqlen_q, problem.seqlen_kv) if mask is None else tiling_of(mask, like, backward)
     row = problem.head_dim * WIDE.get(problem.dtype, problem.dtype).itemsize
     pairs, parts, copied = 0.0, 0.0, 0.0
-    for part in tiling_of(mask, like, backward).parts:
+    for part in tiling.parts:
         strips = 1
         if isinstance(part, Strips):
             strips = prod(stretch.count for stretch in part.across)
@@ -68,10 +71,14 @@ def _of(problem: Problem, mask: Mask, *, backward: bool) -> Work:
         lanes = strips * problem.num_heads * problem.batch
         for run in part.runs:  # type: ignore[attr-defined]
             rows, bound = (run.rows + 2 * run.columns, BACKWARD_BYTES) if backward else (run.rows, FORWARD_BYTES)
-            pairs += strips * _pairs(run)
-            parts += ceil(run.count / max(1, bound // max(1, rows * row * lanes)))
-            if backward:  # gradients of the keys of every tile are added up
+            batches = ceil(run.count / max(1, bound // max(1, rows * row * lanes)))
+            parts += batches
+            visited = strips * _pairs(run)
+            if backward:
+                visited *= _uneven(lanes * run.count / batches)
+                # Gradients of the keys of every tile are added up.
                 copied += strips * 2 * run.count * run.columns
+            pairs += visited
     return Work(pairs, parts, copied)
 
 
@@ -81,6 +88,12 @@ def _into_strips(part: Strips, backward: bool) -> float:
     keys = prod(stretch.count * stretch.columns for stretch in part.across)
     extent = part.extents[0] / part.steps[0]
     return (2 if backward else 1) * extent * 2 * (queries + keys)
+
+
+def _uneven(lanes: float) -> float:
+    """By how much longer it takes that threads share whole lanes: three by two of them take as long as four."""
+    threads = torch.get_num_threads()
+    return ceil(lanes / threads) * threads / lanes if lanes else 1.0
 
 
 def _pairs(run: Run) -> float:
