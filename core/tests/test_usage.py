@@ -180,7 +180,8 @@ elif hasattr(os, "fork"):
 
 
 def run_with(path):
-    environment = {**os.environ, "ATTN_USAGE": str(path)}
+    # One thread: torch's own pool of threads does not survive a fork.
+    environment = {**os.environ, "ATTN_USAGE": str(path), "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True)
 
 

@@ -76,6 +76,8 @@ def examine(
         bound = check_bias(bound, batch, num_heads, seqlen_q, seqlen_kv, query.device)
         if bound is not None and bound.paged is not None:
             bound.paged.check_pages(key.shape[0])
+        if bound is not None and not torch.compiler.is_compiling():
+            bound.check_rule(query.device)
     grad = torch.is_grad_enabled()
     device = query.device
     problem = Problem(

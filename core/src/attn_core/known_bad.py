@@ -25,8 +25,6 @@ from .problem import Problem
 if TYPE_CHECKING:
     from .scope import Settings
 
-#: The field of a refusal by this table.
-FIELD = "known_bad"
 PATH = Path(__file__).with_name("known_bad.json")
 
 #: Numbers of a problem that a row may speak of. `bias_elements` is seqlen_q times seqlen_kv rounded up to 16, as rows
@@ -87,7 +85,7 @@ class KnownBad:
 
     def refusal(self) -> Refusal:
         text = 'to overrule: `with allow("known-bad")`, or ATTN_ALLOW_KNOWN_BAD with the name of the kernel'
-        return Refusal(FIELD, f"{self.what}; {self.link}; {text}")
+        return Refusal("known_bad", f"{self.what}; {self.link}; {text}")
 
     def conditions(self) -> str:
         """For people: with which libraries and problems."""

@@ -59,9 +59,7 @@ def nonnegative_least_squares(matrix: Tensor, target: Tensor) -> Tensor:
             steps = x[below] / (x[below] - candidate[below])
             x = x + float(steps.amin()) * (candidate - x)
             stuck = below & (x <= 1e-15 * (1 + x.abs().amax()))
-            stuck[torch.nonzero(below)[int(steps.argmin()), 0]] = (
-                True  # it is at 0, whatever is rounded
-            )
+            stuck[torch.nonzero(below)[int(steps.argmin()), 0]] = True  # it is at 0, whatever is rounded
             free &= ~stuck
             x = x.masked_fill(~free, 0.0)
     return x

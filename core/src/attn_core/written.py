@@ -23,17 +23,17 @@ _lock = threading.Lock()
 
 
 def written_out(bias: AttnBias, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """`bias.dense(device, dtype)`, which nobody may write into."""
+    """`bias.checked_dense(device, dtype)`, which nobody may write into."""
     # In a graph it is a constant of the graph; what is made in inference mode cannot be saved for a backward.
     if bias.holds_data or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        return bias.dense(device, dtype)
+        return bias.checked_dense(device, dtype)
     key = bias.key, device, dtype
     with _lock:
         dense = _kept.get(key)
         if dense is not None:
             _kept.move_to_end(key)
             return dense
-    dense = bias.dense(device, dtype)
+    dense = bias.checked_dense(device, dtype)
     plain = type(dense) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(dense)
     if plain and dense.nbytes <= LIMIT // 2:  # no stand-in without data, and nothing that ends with a transform
         with _lock:

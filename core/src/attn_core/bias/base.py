@@ -56,6 +56,23 @@ def indices(
     return b, h, q, torch.arange(seqlen_kv, device=device)
 
 
+#: The axes of logits.
+AXES = ("batch", "num_heads", "seqlen_q", "seqlen_kv")
+
+
+def check_shape(bias: AttnBias, what: str, got: Tensor, wanted: tuple[int, ...]) -> None:
+    """Raises InputError, naming the axis, where a tensor does not broadcast to `wanted`, as it must by what `bias`
+    says of itself."""
+    shape = got.shape
+    text = f"bias: the {what} of {type(bias).__name__} has shape {list(shape)}"
+    if len(shape) > 4:
+        raise InputError(f"{text}, which has {len(shape)} dimensions")
+    for axis, has, says in zip(AXES[4 - len(shape) :], shape, wanted[4 - len(shape) :]):
+        if has != 1 and has != says:
+            told = f"; its `batch_and_heads` is {bias.batch_and_heads}" if axis in AXES[:2] else ""
+            raise InputError(f"{text}: {axis}={has}, and by what it says of itself it is {axis}={says}{told}")
+
+
 class AttnBias(ABC):
     """Anything that changes logits before the softmax.
 
@@ -136,6 +153,16 @@ class AttnBias(ABC):
         """`materialize`, with a floating result computed in `dtype` where the rule can be."""
         return self.materialize(device)
 
+    def checked_dense(self, device: torch.device | str | None, dtype: torch.dtype) -> Tensor:
+        """`dense`, checked. Raises InputError where it has another shape than `batch_and_heads` and the lengths say."""
+        dense = self.dense(device, dtype)
+        check_shape(self, "dense form", dense, (*self.batch_and_heads, *self.bound_lengths()))
+        return dense
+
+    def check_rule(self, device: torch.device | str) -> None:
+        """Raises InputError where the rule of a bound bias answers for more than it was asked for."""
+        return
+
     @Derived
     def has_dense_form(self) -> bool:
         """Whether a tensor can say what it does; a function of the logit itself cannot be written out."""
@@ -154,7 +181,7 @@ class AttnBias(ABC):
 
     def apply(self, logits: Tensor) -> Tensor:
         """Logits `[batch, num_heads, seqlen_q, seqlen_kv]`, as this bias changes them."""
-        dense = self.dense(logits.device, logits.dtype)
+        dense = self.checked_dense(logits.device, logits.dtype)
         return logits.masked_fill(~dense, MASKED) if dense.dtype is torch.bool else logits + dense.to(logits.dtype)
 
     @Derived
@@ -359,6 +386,10 @@ class Mask(Kind):
 
     def score(self, logit: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return torch.where(self.keep(b, h, q, k), logit, MASKED)
+
+    def check_rule(self, device: torch.device | str) -> None:
+        if 0 not in self.bound_lengths():
+            check_shape(self, "rule", self.keep(*indices(1, 1, 1, 1, device)), (1, 1, 1, 1))
 
     def without_padding(self) -> Mask:
         from .zero_padded import ZeroPadded  # which is a mask itself

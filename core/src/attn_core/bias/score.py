@@ -7,7 +7,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from .base import Kind, indices
+from .base import Kind, check_shape, indices
 
 
 class Score(Kind):
@@ -20,6 +20,11 @@ class Score(Kind):
         Index tensors broadcast against each other; a rule that ignores one leaves that dimension out. Differentiable
         in the tensors that the bias holds.
         """
+
+    def check_rule(self, device: torch.device | str) -> None:
+        if 0 not in self.bound_lengths():
+            added = self.added(*indices(1, 1, 1, 1, device), torch.float32)
+            check_shape(self, "rule", added, (1, 1, 1, 1))
 
     def score(self, logit: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return logit + self.added(b, h, q, k, logit.dtype)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bias import AttnBias, Mask, Segments
+from ..bias import AttnBias, Mask, Score, Segments, Sum
 from ..capabilities import ANY_DEVICE, ANY_DIM, Backward, Capabilities, Refusal
 from ..cost import Cost
 from ..kernel import Kernel
@@ -20,6 +20,7 @@ from ..problem import Problem
 from .measured import MEASURED
 from .tiling import traced
 from .tiling.function import Tiled
+from .tiling.scores import Scores
 from .tiling.work import work
 
 _is_compiling = torch.compiler.is_compiling
@@ -30,20 +31,28 @@ def run(
     query: Tensor, key: Tensor, value: Tensor, *, bias: AttnBias | None = None, scale: float, return_lse: bool = False
 ) -> Any:
     """Heads-first: `[batch, num_heads, seqlen, head_dim]`."""
-    assert bias is None or isinstance(bias, Mask)
+    mask = None if bias is None else bias.mask
+    scores = None if bias is None or not bias.scores else Scores(bias.scores)  # type: ignore[arg-type]
     if scale <= 0:  # the dense kernels with a causal mask do so before they scale: 0 * -inf is NaN
         query, scale = (query * 0, 1.0) if scale == 0 else (-query, -scale)
-    if _is_compiling() or (_modes_of_dispatch() and traced.can_be_written(bias)):  # fake tensors have no tables
-        out, lse = traced.tiled(query, key, value, bias, scale)
+    # Fake tensors have no tables.
+    if _is_compiling() or (_modes_of_dispatch() and scores is None and traced.can_be_written(mask)):
+        out, lse = traced.tiled(query, key, value, mask, scale)
     else:
-        out, lse = Tiled.apply(query, key, value, bias, scale)  # type: ignore[no-untyped-call]
+        held = () if scores is None else scores.held()
+        out, lse = Tiled.apply(query, key, value, mask, scale, scores, *held)  # type: ignore[no-untyped-call]
     return (out, lse) if return_lse else out
 
 
 def refuse(problem: Problem) -> Iterator[Refusal]:
     bias = problem.bias
-    if problem.compiling and isinstance(bias, Mask) and not traced.can_be_written(bias):
-        kinds = ", ".join(traced.KINDS)
+    if bias is None or not problem.compiling:
+        return
+    kinds = ", ".join(traced.KINDS)
+    if bias.scores:
+        got = ", ".join(type(score).__name__ for score in bias.scores)
+        yield Refusal("compiling", f"takes {kinds} in a graph and no scores, got {got}")
+    elif not traced.can_be_written(bias.mask):
         yield Refusal("compiling", f"takes {kinds} in a graph, got {type(bias).__name__}")
 
 
@@ -54,8 +63,8 @@ KERNEL = Kernel(
         devices=ANY_DEVICE,
         dtypes={torch.float32, torch.float64, torch.float16, torch.bfloat16},
         head_dims=ANY_DIM,
-        biases={Mask, Segments},
-        backward=Backward(lse_grad=True, deterministic=True),
+        biases={Mask, Score, Segments, Sum},
+        backward=Backward(bias_grad=True, lse_grad=True, deterministic=True),
         gqa=True,
         return_lse=True,
         deterministic=True,

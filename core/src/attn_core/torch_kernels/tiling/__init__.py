@@ -8,6 +8,8 @@ runs.py        tiles of one shape, and how they are read from overlapping views
 sequence.py    runs on the operands as they are
 strips.py      runs on strips of a grid
 dense.py       the dense kernels that compute a batch of tiles
+scores.py      what is added to the logits of a batch of tiles
+limited.py     runs in small tiles, where something is added
 tables.py      what is kept of a cut mask, within a bound
 function.py    the forward and the backward, as one differentiable function
 """

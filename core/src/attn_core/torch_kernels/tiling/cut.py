@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from .blocks import block_runs
 from .boxes import parts_of
 from .documents import document_runs
 from .intervals import intervals
+from .limited import limited
 from .runs import Run
 from .sequence import Sequence
 from .tables import TABLES, Tiling
@@ -25,12 +27,40 @@ def whole(seqlen_q: int, seqlen_kv: int) -> Tiling:
     return of_runs([Run(0, 0, seqlen_q, seqlen_kv)], seqlen_q)
 
 
-def tiling_of(mask: Mask, query: Tensor, backward: bool) -> Tiling:
-    """The tiling of `mask`, for the forward or the backward; kept where the mask holds no data."""
-    like = torch.empty(0, dtype=WIDE.get(query.dtype, query.dtype), device=query.device)
-    if mask.holds_data:
-        return cut(mask, backward, like)
-    return TABLES.get((mask.key, backward, like.dtype, like.device), lambda: cut(mask, backward, like))
+def tiling(mask: Mask | None, query: Tensor, seqlen_kv: int, backward: bool, scores: bool) -> Tiling:
+    """The tiling of a mask, or of none."""
+    if mask is not None:
+        return tiling_of(mask, query, backward, scores)
+    one = whole(query.shape[2], seqlen_kv)
+    return for_scores(one, like_of(query)) if scores else one
+
+
+def tiling_of(mask: Mask, query: Tensor, backward: bool, scores: bool = False) -> Tiling:
+    """The tiling of `mask`, for the forward or the backward; kept where the mask holds no data.
+
+    With `scores`, something is added to the logits of each tile, so that tiles are small.
+    """
+    like = like_of(query)
+
+    def made() -> Tiling:
+        found = cut(mask, backward, like)
+        return for_scores(found, like) if scores else found
+
+    return made() if mask.holds_data else TABLES.get((mask.key, backward, scores, like.dtype, like.device), made)
+
+
+def like_of(query: Tensor) -> Tensor:
+    """Dtype and device of what is added to the logits."""
+    return torch.empty(0, dtype=WIDE.get(query.dtype, query.dtype), device=query.device)
+
+
+def for_scores(found: Tiling, like: Tensor) -> Tiling:
+    """The same in small tiles."""
+    parts = tuple(
+        replace(part, runs=tuple(small for run in part.runs for small in limited(run, like)))  # type: ignore[type-var,attr-defined]
+        for part in found.parts
+    )
+    return replace(found, parts=parts)
 
 
 def cut(mask: Mask, backward: bool, like: Tensor) -> Tiling:

@@ -72,11 +72,28 @@ def plain_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same by matrix products, for any device."""
+    to_query, to_key, to_value, _ = backward_with_logits(grad_out, query, key, value, out, lse, mask, causal, scale)
+    return to_query, to_key, to_value
+
+
+def backward_with_logits(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same, and the gradient to what is added to the logits, `[tiles, heads, rows, columns]`."""
     heads, kv_heads = query.shape[1], key.shape[1]
     weights = _weights(_logits(query, key, mask, causal, scale), lse)
     to_weights = _grouped_product(grad_out, value.mT).to(weights.dtype)
     delta = (grad_out * out).sum(-1, keepdim=True, dtype=weights.dtype)
-    to_logits = (scale * weights * (to_weights - delta)).to(query.dtype)
+    to_scores = weights * (to_weights - delta)
+    to_logits = (scale * to_scores).to(query.dtype)
     weights = weights.to(query.dtype)
 
     def over_group(left: Tensor, right: Tensor) -> Tensor:  # [tiles, heads, columns, dim], summed to key heads
@@ -84,7 +101,7 @@ def plain_backward(
         tiles, _, columns, dim = product.shape
         return product.view(tiles, kv_heads, heads // kv_heads, columns, dim).sum(2)
 
-    return _grouped_product(to_logits, key), over_group(to_logits, query), over_group(weights, grad_out)
+    return _grouped_product(to_logits, key), over_group(to_logits, query), over_group(weights, grad_out), to_scores
 
 
 def _logits(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:

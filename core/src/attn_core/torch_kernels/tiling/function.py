@@ -1,4 +1,4 @@
-"""Tiled attention as one differentiable function: `(query, key, value, mask, scale) -> (out, lse)`, heads-first.
+"""Tiled attention as one differentiable function of heads-first operands, a mask, a scale and scores.
 
 The backward computes the weights anew from the LSE, as FlashAttention does. A gradient to the LSE is one more column:
 see `flash_lse`.
@@ -6,6 +6,7 @@ see `flash_lse`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,27 +14,37 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...bias import Mask
-from .cut import WIDE, tiling_of, whole
-from .runs import MASKED, Grads, Lanes
+from .cut import WIDE, like_of, tiling
+from .runs import MASKED, Grads, Operands
+from .scores import Added, Gradients, Scores
 
 #: Columns that are added to say the LSE's gradient: one is needed, and a row stays aligned.
 COLUMNS = 8
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, scale: float) -> tuple[Tensor, Tensor]:
-    """`(out, lse)`; `scale` is above 0."""
-    tiling = whole(query.shape[2], key.shape[2]) if mask is None else tiling_of(mask, query, backward=False)
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask | None,
+    scale: float,
+    scores: Scores | None = None,
+    held: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor]:
+    """`(out, lse)`; `scale` is above 0, and `held` what the scores hold."""
+    tiles = tiling(mask, query, key.shape[2], False, scores is not None)
     wide = WIDE.get(query.dtype, query.dtype)
-    dtype = wide if tiling.joins else query.dtype  # what is joined is rounded once
+    dtype = wide if tiles.joins else query.dtype  # what is joined is rounded once
     lse_shape = query.shape[:3]
-    if tiling.covers and not tiling.joins:
+    if tiles.covers and not tiles.joins:
         out = torch.empty_like(query, dtype=dtype)
         lse = torch.empty(lse_shape, dtype=wide, device=query.device)
     else:
         out = torch.zeros_like(query, dtype=dtype)
         lse = torch.full(lse_shape, MASKED, dtype=wide, device=query.device)
-    operands = Lanes(_readable(query), _readable(key), _readable(value), out, lse, scale)
-    for part in tiling.parts:
+    added = None if scores is None else Added(scores.of(held), query.shape[1], like_of(query))
+    operands = Operands(_readable(query), _readable(key), _readable(value), out, lse, scale, added)
+    for part in tiles.parts:
         part.forward(operands)
     return out.to(query.dtype), lse
 
@@ -48,9 +59,12 @@ def backward(
     lse: Tensor,
     mask: Mask | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients to query, key and value, as `empty_like` makes them."""
-    tiling = whole(query.shape[2], key.shape[2]) if mask is None else tiling_of(mask, query, backward=True)
+    scores: Scores | None = None,
+    held: Sequence[Tensor] = (),
+    wanted: Sequence[bool] = (),
+) -> tuple[Tensor, ...]:
+    """Gradients to query, key and value, as `empty_like` makes them, and to what is `wanted` of `held`."""
+    tiles = tiling(mask, query, key.shape[2], True, scores is not None)
     wide = WIDE.get(query.dtype, query.dtype)
     given = operands = query, key, value
     empty = lse == MASKED
@@ -61,14 +75,18 @@ def backward(
         operands = pad(query, (0, COLUMNS)), pad(key, (0, COLUMNS)), pad(value, (0, COLUMNS))
     lse = lse.masked_fill(empty, 0.0)
     grads = Grads(_readable(grad_out), *(torch.zeros_like(x, dtype=wide) for x in operands))
-    lanes = Lanes._make((*map(_readable, operands), _readable(out), lse, scale))
-    for part in tiling.parts:
-        part.backward(lanes, grads)
+    gradients, added = Gradients(held, wanted, like_of(query)) if any(wanted) else None, None
+    if scores is not None:
+        holding = scores.of(held if gradients is None else gradients.leaves)
+        added = Added(holding, query.shape[1], like_of(query), gradients)
+    given_operands = Operands._make((*map(_readable, operands), _readable(out), lse, scale, added))
+    for part in tiles.parts:
+        part.backward(given_operands, grads)
     query, key, value = (
         made if made.shape == x.shape and made.dtype is x.dtype else torch.empty_like(x).copy_(made[..., : x.shape[3]])
         for made, x in zip(grads[1:], given)
     )
-    return query, key, value
+    return query, key, value, *(() if gradients is None else gradients.results())
 
 
 def _readable(tensor: Tensor) -> Tensor:
@@ -78,37 +96,51 @@ def _readable(tensor: Tensor) -> Tensor:
 
 
 class Tiled(torch.autograd.Function):
-    """`(query, key, value, mask, scale) -> (out, lse)`, heads-first, differentiable in query, key and value."""
+    """`(query, key, value, mask, scale, scores, *held) -> (out, lse)`, heads-first, differentiable in query, key, value
+    and what the scores hold."""
 
     @staticmethod
-    def forward(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, scale: float) -> tuple[Tensor, Tensor]:
-        return forward(query, key, value, mask, scale)
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Mask | None,
+        scale: float,
+        scores: Scores | None,
+        *held: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        return forward(query, key, value, mask, scale, scores, held)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        query, key, value, ctx.mask, ctx.scale = inputs
-        ctx.save_for_backward(query, key, value, *output)
+        query, key, value, ctx.mask, ctx.scale, ctx.scores, *held = inputs
+        ctx.save_for_backward(query, key, value, *output, *held)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
+        query, key, value, out, lse, *held = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        grads = TiledBackward.apply(grad_out, grad_lse, query, key, value, out, lse, ctx.mask, ctx.scale)  # type: ignore[no-untyped-call]
-        return *grads, None, None
+        wanted = tuple(ctx.needs_input_grad[6:])
+        operands = grad_out, grad_lse, query, key, value, out, lse, ctx.mask, ctx.scale, ctx.scores, wanted
+        to_query, to_key, to_value, *rest = TiledBackward.apply(*operands, *held)  # type: ignore[no-untyped-call]
+        to_held = [rest.pop(0) if want else None for want in wanted]
+        return to_query, to_key, to_value, None, None, None, *to_held
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *operands: Any) -> Any:
-        return _over_samples(Tiled, info.batch_size, in_dims, operands), (0, 0)
+        results = _over_samples(Tiled, info.batch_size, in_dims, operands, operands[3], operands[5])
+        return results, (0,) * len(results)
 
 
 class TiledBackward(torch.autograd.Function):
     """The backward, as a function of its own, so that vmap finds what to do with it."""
 
     @staticmethod
-    def forward(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return backward(*operands)
+    def forward(*operands: Any) -> tuple[Tensor, ...]:
+        *given, wanted = operands[:11]
+        return backward(*(*given, operands[11:], wanted))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -120,17 +152,21 @@ class TiledBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *operands: Any) -> Any:
-        return _over_samples(TiledBackward, info.batch_size, in_dims, operands), (0, 0, 0)
+        results = _over_samples(TiledBackward, info.batch_size, in_dims, operands, operands[7], operands[9])
+        return results, (0,) * len(results)
 
 
-def _over_samples(function: Any, size: int, in_dims: Any, operands: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """`function` of each of `size` samples: they are more batch entries, or one by one where the mask counts those."""
-    mask: Mask | None = operands[-2]
+def _over_samples(
+    function: Any, size: int, in_dims: Any, operands: tuple[Any, ...], mask: Mask | None, scores: Scores | None
+) -> tuple[Tensor, ...]:
+    """`function` of each of `size` samples: they are more batch entries, or one by one where the bias counts those or
+    holds tensors, which may be other ones for each sample."""
     stacked = [
         x if not isinstance(x, Tensor) else x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
         for x, dim in zip(operands, in_dims)
     ]
-    if mask is None or mask.batch_and_heads[0] == 1:
+    counts = mask is not None and mask.batch_and_heads[0] != 1
+    if not counts and (scores is None or (scores.batch == 1 and not scores.held())):
         folded = [x.flatten(0, 1) if isinstance(x, Tensor) else x for x in stacked]
         return tuple(x.unflatten(0, (size, -1)) for x in function.apply(*folded))
     each = [function.apply(*(x[i] if isinstance(x, Tensor) else x for x in stacked)) for i in range(size)]

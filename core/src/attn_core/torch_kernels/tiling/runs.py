@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import dense
+from .scores import SCORES_BYTES, Added, Placed
 
 MASKED = dense.MASKED
 
@@ -61,8 +62,8 @@ class Run(NamedTuple):
     more: bool = False
 
 
-class Lanes(NamedTuple):
-    """What a call works on, or a part of it: `[lanes, seqlen, dim]`, and `[lanes, seqlen]` for the LSE."""
+class Operands(NamedTuple):
+    """What a call works on: `[batch, heads, seqlen, dim]`, and `[batch, heads, seqlen]` for the LSE."""
 
     query: Tensor
     key: Tensor
@@ -70,6 +71,19 @@ class Lanes(NamedTuple):
     out: Tensor
     lse: Tensor
     scale: float
+    scores: Added | None = None  #: what is added to the logits
+
+
+class Lanes(NamedTuple):
+    """The same of some heads, as sequences: `[lanes, seqlen, dim]`, and `[lanes, seqlen]` for the LSE."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    out: Tensor
+    lse: Tensor
+    scale: float
+    scores: Placed | None = None  #: what is added to the logits
 
 
 class Grads(NamedTuple):
@@ -84,9 +98,10 @@ class Grads(NamedTuple):
 def forward(runs: Sequence[Run], lanes: Lanes) -> None:
     """Fills `out` and `lse` in. Queries that no run has are left as they are."""
     dim = lanes.query.shape[2] * lanes.query.element_size()
-    for run in runs:
-        for batch, part in _batches(run, lanes, run.rows * dim, FORWARD_BYTES):
-            mask = _mask(batch)
+    for whole in runs:
+        run, of_run = _with_scores(whole, lanes)
+        for batch, part in _batches(run, of_run, run.rows * dim, FORWARD_BYTES):
+            mask = _mask(batch, part)
             query, key, value = _queries(batch, part.query), _keys(batch, part.key), _keys(batch, part.value)
             out, lse = dense.forward(query, key, value, mask, batch.causal, part.scale)
             if batch.empty_rows:
@@ -111,20 +126,26 @@ def _join(to_out: Tensor, to_lse: Tensor, out: Tensor, lse: Tensor) -> None:
 def backward(runs: Sequence[Run], lanes: Lanes, grads: Grads) -> None:
     """Adds to the gradients. `lanes.lse` is finite."""
     dim = lanes.query.shape[2] * lanes.query.element_size()
-    for run in runs:
-        for batch, part, grad in _batches_with(run, lanes, grads, (run.rows + 2 * run.columns) * dim, BACKWARD_BYTES):
+    for whole in runs:
+        run, of_run = _with_scores(whole, lanes)
+        for batch, part, grad in _batches_with(run, of_run, grads, (run.rows + 2 * run.columns) * dim, BACKWARD_BYTES):
             query, key, value = _queries(batch, part.query), _keys(batch, part.key), _keys(batch, part.value)
-            to_query, to_key, to_value = dense.backward(
-                _queries(batch, grad.out),
-                query,
-                key,
-                value,
-                _queries(batch, part.out),
-                _queries(batch, part.lse.unsqueeze(-1)).squeeze(-1),
-                _mask(batch),
-                batch.causal,
-                part.scale,
-            )
+            lse = _queries(batch, part.lse.unsqueeze(-1)).squeeze(-1)
+            operands = _queries(batch, grad.out), query, key, value, _queries(batch, part.out)
+            gradients = None if part.scores is None else part.scores.gradients
+            if gradients is None:
+                mask = _mask(batch, part)
+                to_query, to_key, to_value = dense.backward(*operands, lse, mask, batch.causal, part.scale)
+            else:  # the fused kernels give no gradient to what is added
+                assert part.scores is not None
+                with torch.enable_grad():
+                    block = part.scores.of(batch)
+                mask = _masked(batch, block.detach().clone())
+                grad_out, query, key, value, out = (x.to(lse.dtype) for x in operands)
+                to_query, to_key, to_value, to_scores = dense.backward_with_logits(
+                    grad_out, query, key, value, out, lse, mask, False, part.scale
+                )
+                gradients.add(block, to_scores)
             if batch.more:
                 _queries(batch, grad.query).add_(to_query)
             else:
@@ -133,8 +154,29 @@ def backward(runs: Sequence[Run], lanes: Lanes, grads: Grads) -> None:
             _add_keys(batch, grad.value, to_value)
 
 
-def _mask(run: Run) -> Tensor | None:
+def _mask(run: Run, lanes: Lanes) -> Tensor | None:
+    if lanes.scores is not None:
+        return _masked(run, lanes.scores.of(run))
     return run.mask if run.mask is None or isinstance(run.mask, Tensor) else run.mask.of(run)
+
+
+def _masked(run: Run, block: Tensor) -> Tensor:
+    """What is added to the logits of the tiles, less what is masked; may write to `block`."""
+    if run.mask is None:
+        return block
+    if isinstance(run.mask, Tensor):
+        return block + run.mask
+    return run.mask.onto(block) if isinstance(run.mask, Diagonal) else block + run.mask.of(run)
+
+
+def _with_scores(run: Run, lanes: Lanes) -> tuple[Run, Lanes]:
+    """With what is added in its mask, where that is the same for all tiles and no gradient is wanted."""
+    scores = lanes.scores
+    if scores is None or scores.gradients is not None or not (run.mask is None or isinstance(run.mask, Tensor)):
+        return run, lanes
+    if not scores.same_in(run):
+        return run, lanes
+    return run._replace(mask=_masked(run, scores.of(run))), lanes._replace(scores=None)
 
 
 def _queries(run: Run, lanes: Tensor) -> Tensor:
@@ -194,6 +236,8 @@ def _cuts(run: Run, lanes: Lanes, tile_bytes: int, bound: int) -> Iterator[Cut]:
     group = num_lanes // num_key_lanes
     if run.mask is not None and not isinstance(run.mask, Tensor):  # which is made together with the results
         tile_bytes += RULE_BYTES * run.rows * run.columns // num_lanes
+    if lanes.scores is not None:  # whose bound is another
+        tile_bytes = max(tile_bytes, lanes.scores.bytes_of(run) * bound // SCORES_BYTES)
     tiles = bound // (tile_bytes * num_lanes)
     if tiles >= run.count:
         yield None, None, None
@@ -237,8 +281,27 @@ class SomeLanes(NamedTuple):
         return mask if mask.shape[1] == 1 else mask[:, self.lanes]
 
 
+class Diagonal(NamedTuple):
+    """Row i of a tile sees its keys up to `first + i`; `like` has dtype and device of what is added."""
+
+    first: int
+    like: Tensor
+
+    def of(self, run: Run) -> Tensor:
+        """`[1, 1, rows, columns]`"""
+        return self.onto(torch.zeros(1, 1, run.rows, run.columns, dtype=self.like.dtype, device=self.like.device))
+
+    def onto(self, block: Tensor) -> Tensor:
+        """Masks the last two dimensions of a block, in place; the columns that all rows see are not read."""
+        corner = block[..., self.first :]
+        hidden = torch.ones(corner.shape[-2:], dtype=torch.bool, device=block.device).triu(1)
+        corner.masked_fill_(hidden, MASKED)
+        return block
+
+
 def _some_lanes(lanes: Lanes, queries: slice | None, keys: slice | None) -> Lanes:
     if queries is None:
         return lanes
-    query, key, value, out, lse, scale = lanes
-    return Lanes(query[queries], key[keys], value[keys], out[queries], lse[queries], scale)
+    query, key, value, out, lse, scale, scores = lanes
+    some = None if scores is None else scores.some(queries)
+    return Lanes(query[queries], key[keys], value[keys], out[queries], lse[queries], scale, some)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from . import runs
-from .runs import Grads, Lanes, Run
+from .runs import Grads, Lanes, Operands, Run
+from .scores import Placed
 
 
 @dataclass(frozen=True)
@@ -24,28 +25,37 @@ class Sequence:
     batch: int | None = None
     apart: bool = False
 
-    def forward(self, operands: Lanes) -> None:
+    def forward(self, operands: Operands) -> None:
         """Fills in `out` and `lse` of `[batch, heads, seqlen, dim]` operands."""
-        for lanes in self._lanes(operands[:5]):
-            runs.forward(self.runs, Lanes._make((*lanes, operands.scale)))
+        for entries, lanes in self._lanes(operands[:5]):
+            runs.forward(self.runs, Lanes._make((*lanes, operands.scale, self._scores(operands, entries))))
 
-    def backward(self, operands: Lanes, grads: Grads) -> None:
+    def backward(self, operands: Operands, grads: Grads) -> None:
         """Adds to the gradients."""
-        for lanes in self._lanes((*operands[:5], *grads)):
-            runs.backward(self.runs, Lanes._make((*lanes[:5], operands.scale)), Grads._make(lanes[5:]))
+        for entries, lanes in self._lanes((*operands[:5], *grads)):
+            scores = self._scores(operands, entries)
+            runs.backward(self.runs, Lanes._make((*lanes[:5], operands.scale, scores)), Grads._make(lanes[5:]))
 
     def tables(self) -> int:
         return sum(run.mask.nbytes for run in self.runs if isinstance(run.mask, Tensor))
 
-    def _lanes(self, tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
-        """`[lanes, seqlen, dim]` views: one for all batch entries where their heads lie at even distances."""
+    def _scores(self, operands: Operands, entries: range) -> Placed | None:
+        if operands.scores is None:
+            return None
+        seqlen_q, seqlen_kv = operands.query.shape[2], operands.key.shape[2]
+        return operands.scores.on_sequence(seqlen_q, seqlen_kv, self.start, self.step, entries)
+
+    def _lanes(self, tensors: tuple[Tensor, ...]) -> Iterator[tuple[range, tuple[Tensor, ...]]]:
+        """(batch entries, `[lanes, seqlen, dim]` views): one for all where their heads lie at even distances."""
+        batch = tensors[0].shape[0]
         if self.step != 1:
             tensors = tuple(x[:, :, self.start :: self.step] for x in tensors)
         if self.batch is not None:
-            yield tuple(x[self.batch] for x in tensors)
-        elif tensors[0].shape[0] == 1:
-            yield tuple(x[0] for x in tensors)
+            yield range(self.batch, self.batch + 1), tuple(x[self.batch] for x in tensors)
+        elif batch == 1:
+            yield range(1), tuple(x[0] for x in tensors)
         elif not self.apart and all(x.stride(0) == x.shape[1] * x.stride(1) for x in tensors):
-            yield tuple(x.flatten(0, 1) for x in tensors)
+            yield range(batch), tuple(x.flatten(0, 1) for x in tensors)
         else:
-            yield from zip(*tensors)
+            for entry, lanes in enumerate(zip(*tensors)):
+                yield range(entry, entry + 1), lanes

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from . import runs
 from .intervals import Stretch
-from .runs import Grads, Lanes, Run
+from .runs import Grads, Lanes, Operands, Run
+from .scores import Placed
 
 #: Bytes of strips that are copied at a time.
 STRIPS_BYTES = 8 << 20
@@ -40,9 +41,9 @@ class Strips:
     across: tuple[Stretch, ...]
     runs: tuple[Run, ...]
 
-    def forward(self, operands: Lanes) -> None:
+    def forward(self, operands: Operands) -> None:
         """Fills in `out` and `lse` of `[batch, heads, seqlen, dim]` operands."""
-        for query_places, key_places, part in self._cuts(operands):
+        for query_places, key_places, heads, part in self._cuts(operands):
             query, key, value, out, lse = part
             strips = _strips(query, query_places)
             lanes = Lanes(
@@ -52,15 +53,16 @@ class Strips:
                 _lanes(torch.empty_like(strips, dtype=out.dtype, memory_format=torch.contiguous_format)),
                 torch.empty(_lanes_shape(strips)[:2], dtype=lse.dtype, device=lse.device),
                 operands.scale,
+                self._scores(operands, query_places, key_places, heads),
             )
             runs.forward(self.runs, lanes)
             _strips(out, query_places).copy_(lanes.out.view(strips.shape))
             to_lse = _strips(lse, query_places)
             to_lse.copy_(lanes.lse.view(to_lse.shape))
 
-    def backward(self, operands: Lanes, grads: Grads) -> None:
+    def backward(self, operands: Operands, grads: Grads) -> None:
         """Adds to the gradients."""
-        for query_places, key_places, part in self._cuts(operands, grads):
+        for query_places, key_places, heads, part in self._cuts(operands, grads):
             query, key, value, out, lse, grad_out, grad_query, grad_key, grad_value = part
             queries, keys = ([_strips(x, query_places) for x in (query, out, lse, grad_out)], _strips(key, key_places))
             lanes = Lanes(
@@ -70,6 +72,7 @@ class Strips:
                 _lanes(queries[1]),
                 _lanes(queries[2]).squeeze(-1),
                 operands.scale,
+                self._scores(operands, query_places, key_places, heads),
             )
             wide = grad_query.dtype
             given = Grads(
@@ -86,10 +89,18 @@ class Strips:
     def tables(self) -> int:
         return sum(run.mask.nbytes for run in self.runs if isinstance(run.mask, Tensor))
 
+    def _scores(self, operands: Operands, q: list[Place], k: list[Place], heads: tuple[range, range]) -> Placed | None:
+        if operands.scores is None:
+            return None
+        tokens = self._grid(torch.arange(operands.query.shape[2], device=operands.query.device)[None, None, :, None])
+        q_tokens, k_tokens = (_lanes(_strips(tokens, places)).squeeze(-1) for places in (q, k))
+        return operands.scores.on_grid(q_tokens, k_tokens, self.extents, *heads)
+
     def _cuts(
-        self, operands: Lanes, grads: Grads | None = None
-    ) -> Iterator[tuple[list[Place], list[Place], list[Tensor]]]:
-        """Places of queries and of keys, and the grids of some heads: so many strips at a time as fit the bound."""
+        self, operands: Operands, grads: Grads | None = None
+    ) -> Iterator[tuple[list[Place], list[Place], tuple[range, range], list[Tensor]]]:
+        """Places of queries and of keys, batch entries and heads, and the grids of these: so many strips at a time as
+        fit the bound."""
         query, key, value, out, lse = operands[:5]
         of_queries, of_keys = [query, out, lse.unsqueeze(-1)], [key, value]
         if grads is not None:
@@ -118,7 +129,8 @@ class Strips:
             some_keys = [x[b : b + entries, h : h + at_once] for x in of_keys]
             query, out, lse = some_queries[:3]
             key, value = some_keys[:2]
-            yield query_places, key_places, [query, key, value, out, lse, *some_queries[3:], *some_keys[2:]]
+            which = range(b, b + entries), range(h * group, (h + at_once) * group)
+            yield query_places, key_places, which, [query, key, value, out, lse, *some_queries[3:], *some_keys[2:]]
 
     def _grid(self, tensor: Tensor) -> Tensor:
         """`[batch, heads, *extents, dim]`, of the points that count; a view."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Protocol
 
-from .runs import Grads, Lanes
+from .runs import Grads, Operands
 
 #: Bytes of masks that are kept; the least recently used are dropped first.
 BOUND = 64 << 20
@@ -19,8 +19,8 @@ LEAST = 4096
 class Part(Protocol):
     """Some of the tiles of a mask, and how their operands are read."""
 
-    def forward(self, operands: Lanes) -> None: ...
-    def backward(self, operands: Lanes, grads: Grads) -> None: ...
+    def forward(self, operands: Operands) -> None: ...
+    def backward(self, operands: Operands, grads: Grads) -> None: ...
     def tables(self) -> int: ...
 
 

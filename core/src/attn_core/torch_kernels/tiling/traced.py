@@ -108,7 +108,8 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     bias = read(mask, (query.shape[2], key.shape[2]))
-    return function.backward(grad_out, grad_lse, query, key, value, out, lse, bias, scale)
+    to_query, to_key, to_value = function.backward(grad_out, grad_lse, query, key, value, out, lse, bias, scale)
+    return to_query, to_key, to_value
 
 
 def _fake_forward(query: Tensor, key: Tensor, value: Tensor, mask: str, scale: float) -> tuple[Tensor, Tensor]:
