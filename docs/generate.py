@@ -285,6 +285,7 @@ MEANINGS = {
     "Explanation.problem": "what was asked",
     "Explanation.prefer": "patterns in force",
     "Explanation.notes": "what to know of the estimates and the device",
+    "Explanation.strict": "patterns of the strict scope in force; empty: every kernel may run",
     "Row.kernel": 'its name, "torch (stock)" for a call handed to torch unchanged, or "(others)"',
     "Row.problem": "what was asked; None for a stock call, a traced choice and the sum of others",
     "Row.adaptations": "rewrites that the kernel needs",

@@ -272,7 +272,7 @@ def test_an_explanation_is_plain_data_for_json():
     with register(toy()), prefer("torch/math"):
         explained = explain(X, X, X, Window(2, 0))
         plain = json.loads(json.dumps(explained.to_dict()))
-    assert set(plain) == {"problem", "chosen", "prefer", "notes", "verdicts"}
+    assert set(plain) == {"problem", "chosen", "prefer", "strict", "notes", "verdicts"}
     assert plain["chosen"] == explained.chosen == "torch/math"
     assert plain["prefer"] == ["torch/math"]
     verdict = next(v for v in plain["verdicts"] if v["kernel"] == "torch/math")

@@ -28,7 +28,7 @@ from .recognise import recogniser
 from .record import STOCK, recording
 from .registry import registry
 from .scope import Choice, Scope, current
-from .select import Candidate, choose, with_plain_lengths
+from .select import Candidate, check_strict, choose, with_plain_lengths
 from .tracing import constant
 
 if TYPE_CHECKING:
@@ -164,6 +164,7 @@ def by_methods(scope: Scope, bias: AttnBias, options: Options) -> Bound:
     if bias.needs_materialization():
         return calling_with(lambda query, bias: materialized(as_bias(bias), query), options)
     check_options(bias, softcap, return_lse, kernel)
+    check_strict(name_of(bias), REASON, scope.settings.only)
 
     def dispatching(query: Tensor, key: Tensor, value: Tensor, bias: Any) -> Any:
         return dispatched(as_bias(bias), query, key, value, scale, dropout_p, door == ATTENTION, door != SDPA)
@@ -307,7 +308,8 @@ def what_is_foreign(*operands: object) -> str | None:
 
 
 def handed_to_torch(scope: Scope, door: int, scale: float | None, dropout_p: float, reason: str) -> Bound:
-    """The stock path, for what the core does not model; `record` says so."""
+    """The stock path, for what the core does not model; `record` says so. Raises where a strict scope forbids it."""
+    check_strict(STOCK, reason, scope.settings.only)
 
     def stock(query: Tensor, key: Tensor, value: Tensor, bias: Any) -> Any:
         return stock_sdpa(door, query, key, value, bias, scale, dropout_p, reason)

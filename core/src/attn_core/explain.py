@@ -16,7 +16,7 @@ from .errors import InputError, NoKernelError
 from .problem import Problem
 from .registry import registry
 from .scope import Settings, current
-from .select import Candidate, consider, rank
+from .select import Candidate, consider, left_out, matches, rank
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,6 +51,7 @@ class Explanation:
     verdicts: tuple[Verdict, ...]  #: the chosen kernel first, then those that take the problem, by rank
     prefer: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    strict: tuple[str, ...] = ()  #: patterns of the strict scope in force; empty: every kernel may run
 
     @property
     def chosen(self) -> str | None:
@@ -78,6 +79,7 @@ class Explanation:
             "problem": str(self.problem),
             "chosen": self.chosen,
             "prefer": list(self.prefer),
+            "strict": list(self.strict),
             "notes": list(self.notes),
             "verdicts": [
                 {
@@ -98,6 +100,8 @@ class Explanation:
         lines = [f"problem: {self.problem}"]
         if self.prefer:
             lines.append(f"prefer: {', '.join(self.prefer)}")
+        if self.strict:
+            lines.append(f"strict: {', '.join(self.strict)}")
         for verdict in self.verdicts:
             lines.append(f"{verdict.kernel:<18} {verdict.state:<12} {_detail(verdict)}".rstrip())
         return "\n".join([*lines, *self.notes])
@@ -147,9 +151,13 @@ def explain(
     given = as_bias(bias)
     if given is not None and given.by_methods and not given.needs_materialization():
         check_options(given, softcap, return_lse, kernel)
+        only = current.get().settings.only
         problem = asked(door, query, key, value, None, scale, None, dropout_p, False)
         verdict = Verdict(kernel=name_of(given), state="chosen", reasons=(REASON,))
-        return Explanation(problem=problem, verdicts=(verdict,), notes=(OWN_DISPATCH,))
+        if only and not matches(verdict.kernel, only):
+            reason = str(left_out(only))
+            verdict = Verdict(kernel=verdict.kernel, state="refused", reasons=(reason,), refused_fields=("strict",))
+        return Explanation(problem=problem, verdicts=(verdict,), notes=(OWN_DISPATCH,), strict=only)
     problem = asked(door, query, key, value, bias, scale, softcap, dropout_p, return_lse)
     return explain_problem(problem, kernel=kernel)
 
@@ -178,6 +186,7 @@ def weighed(problem: Problem, settings: Settings, kernel: str | None) -> Explana
         problem=problem,
         verdicts=tuple(_verdict(candidate, first=i == 0) for i, candidate in enumerate(candidates)),
         prefer=settings.prefer,
+        strict=settings.only,
         notes=_notes(problem, candidates),
     )
 

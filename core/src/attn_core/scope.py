@@ -23,7 +23,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from .environment import ALLOWABLE, check_allowed, read_environment
-from .errors import InputError
+from .errors import InputError, InputTypeError
 from .registry import registry
 from .tensor_mask import forget as forget_places
 
@@ -37,6 +37,8 @@ TABLE_SIZE = 4096
 ALIKE = 8
 #: Different things asked (options and bias) whose latest choice is at hand.
 LATEST = 64
+#: Names that rows of `record` have and no kernel: patterns may name them, for strict scopes.
+PAST_KERNELS = ("torch (stock)", "bias/*")
 #: Settings whose tables are kept warm.
 SCOPES_KEPT = 64
 
@@ -46,6 +48,7 @@ class Settings:
     """What a scope says."""
 
     prefer: tuple[str, ...] = ()  #: kernel name patterns, the most preferred first
+    only: tuple[str, ...] = ()  #: patterns of the innermost strict scope: nothing else may run; empty: no limit
     allow: frozenset[str] = frozenset()
     allow_known_bad: tuple[str, ...] = ()  #: kernel name patterns, by the environment alone
 
@@ -142,6 +145,7 @@ class Mirror(threading.local):
         except InputError:  # a bad variable: the first call says so
             settings = Settings()
         self.prefer = settings.prefer
+        self.only = settings.only
         self.allow = in_order(settings.allow)
 
 
@@ -149,7 +153,7 @@ mirror = Mirror()
 
 
 def _reflect(settings: Settings) -> None:
-    mirror.prefer, mirror.allow = settings.prefer, in_order(settings.allow)
+    mirror.prefer, mirror.only, mirror.allow = settings.prefer, settings.only, in_order(settings.allow)
 
 
 def scope_for(
@@ -199,6 +203,10 @@ registry.on_change(forget_choices)
 _entered: ContextVar[tuple[tuple[_ScopeContext, Token[Scope]], ...]] = ContextVar("attn_entered", default=())
 
 
+#: What scopes derive from each other: (prefer, only, allow), each as in Settings.
+Said = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
+
+
 class _ScopeContext:
     """Enters a scope whose settings derive from those around it. Re-entrant, and may be shared by threads and tasks.
 
@@ -207,19 +215,20 @@ class _ScopeContext:
     """
 
     def __init__(self) -> None:
-        self._traced: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
+        self._traced: list[Said] = []
 
-    def _derive(self, prefer: tuple[str, ...], allow: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def _derive(self, prefer: tuple[str, ...], only: tuple[str, ...], allow: tuple[str, ...]) -> Said:
         raise NotImplementedError
 
     def __enter__(self) -> _ScopeContext:
         if torch.compiler.is_dynamo_compiling():
-            self._traced.append((mirror.prefer, mirror.allow))
-            mirror.prefer, mirror.allow = self._derive(mirror.prefer, mirror.allow)
+            self._traced.append((mirror.prefer, mirror.only, mirror.allow))
+            mirror.prefer, mirror.only, mirror.allow = self._derive(mirror.prefer, mirror.only, mirror.allow)
             return self
         outer = current.get()
-        prefer, allow = self._derive(outer.settings.prefer, in_order(outer.settings.allow))
-        settings = replace(outer.settings, prefer=prefer, allow=frozenset(allow))
+        said = outer.settings
+        prefer, only, allow = self._derive(said.prefer, said.only, in_order(said.allow))
+        settings = replace(said, prefer=prefer, only=only, allow=frozenset(allow))
         scope = scope_for(settings, outer.recorders, outer.usages)
         _entered.set((*_entered.get(), (self, current.set(scope))))
         _reflect(scope.settings)
@@ -227,7 +236,7 @@ class _ScopeContext:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._traced:
-            mirror.prefer, mirror.allow = self._traced.pop()
+            mirror.prefer, mirror.only, mirror.allow = self._traced.pop()
             return
         entered = _entered.get()
         last = max((i for i, (owner, _) in enumerate(entered) if owner is self), default=None)
@@ -248,17 +257,23 @@ class prefer(_ScopeContext):  # noqa: N801  (reads as a verb: `with prefer("flas
     Patterns are those of the shell (`*`, `?`, `[…]`). An inner scope's come before the outer's. A name without
     wildcards that nobody registered raises UnknownKernelError; a pattern that matches nothing warns.
 
+    With `strict`, nothing runs but kernels that match: where none of these takes a problem, KernelRefusedError has the
+    reasons of each. `kernel=` in a call is held to it, too, and so is what goes past the kernels ("torch (stock)", a
+    bias's own dispatch). Of strict scopes within each other, the innermost counts. Raises InputError for `strict`
+    without a pattern.
+
     Eager calls follow the scope of their task; compiled functions that of their thread.
     """
 
-    def __init__(self, *patterns: str) -> None:
+    def __init__(self, *patterns: str, strict: bool = False) -> None:
         super().__init__()
         self.patterns = patterns
+        self.strict = strict
         if not torch.compiler.is_dynamo_compiling():
-            check_patterns(patterns)
+            check_patterns(patterns, strict)
 
-    def _derive(self, prefer: tuple[str, ...], allow: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        return self.patterns + prefer, allow
+    def _derive(self, prefer: tuple[str, ...], only: tuple[str, ...], allow: tuple[str, ...]) -> Said:
+        return self.patterns + prefer, self.patterns if self.strict else only, allow
 
 
 class allow(_ScopeContext):  # noqa: N801
@@ -276,13 +291,23 @@ class allow(_ScopeContext):  # noqa: N801
         self.what = what
         check_allowed(what, "allow")
 
-    def _derive(self, prefer: tuple[str, ...], allow: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        return prefer, in_order(allow + self.what)
+    def _derive(self, prefer: tuple[str, ...], only: tuple[str, ...], allow: tuple[str, ...]) -> Said:
+        return prefer, only, in_order(allow + self.what)
 
 
-def check_patterns(patterns: tuple[str, ...]) -> None:
-    """Raises UnknownKernelError for a plain name that is unknown; warns of a pattern that matches no kernel."""
+def check_patterns(patterns: tuple[str, ...], strict: bool = False) -> None:
+    """Raises UnknownKernelError for a plain name that is unknown; warns of a pattern that matches no kernel.
+
+    Raises InputTypeError for what is no text, InputError for `strict` without a pattern.
+    """
+    odd = next((pattern for pattern in patterns if not isinstance(pattern, str)), None)
+    if odd is not None:
+        raise InputTypeError(f"prefer: takes kernel name patterns, got {odd!r}")
+    if strict and not patterns:
+        raise InputError("prefer: strict needs a pattern; without one, nothing could run")
     for pattern in patterns:
+        if any(fnmatchcase(pattern, name) for name in PAST_KERNELS):
+            continue
         if not any(c in pattern for c in "*?["):
             registry.kernel(pattern)
         elif not any(fnmatchcase(kernel.name, pattern) for kernel in registry.kernels()):

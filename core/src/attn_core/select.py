@@ -22,6 +22,7 @@ from .kernel import Kernel
 from .problem import Problem
 from .registry import Registry, State
 from .scope import Settings
+from .tracing import constant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,8 @@ def consider(
     if kernel.declaration(problem).numerics == "approximate" and "approximate" not in settings.allow:
         text = 'is approximate; allowed within `with allow("approximate")` or by ATTN_ALLOW=approximate'
         refusals = [*refusals, Refusal("numerics", text)]
+    if settings.only and not matches(kernel.name, settings.only):
+        refusals = [*refusals, left_out(settings.only)]
     if not refusals and not known_bad.overruled(kernel.name, settings):
         refusals = known_bad.refusals(kernel.name, adapted, lengths=limits)
     if refusals:
@@ -162,8 +165,8 @@ def choose(
 ) -> Candidate:
     """The kernel that runs `problem`.
 
-    Raises UnknownKernelError or KernelRefusedError where the caller insists on one by name, NoKernelError where none
-    takes the problem.
+    Raises UnknownKernelError or KernelRefusedError where the caller insists on one by name, KernelRefusedError where a
+    strict scope insists on some and none of these takes the problem, else NoKernelError where none takes it.
     """
     if forced is not None:
         candidate = consider(registry, registry.kernel(forced), problem, settings, limits=limits)
@@ -172,6 +175,8 @@ def choose(
         return candidate
     candidates = rank(registry, problem, settings, limits=limits)
     if not candidates or not candidates[0].takes:
+        if settings.only:
+            raise KernelRefusedError(_none_of(settings.only, problem, candidates))
         reasons = "\n".join(told(candidate) for candidate in candidates) or "no kernel is registered"
         raise NoKernelError(f"no kernel takes this problem: {problem}\n{reasons}")
     return candidates[0]
@@ -184,3 +189,41 @@ def told(candidate: Candidate) -> str:
         return "\n".join([head, *(f"  {reason}" for reason in candidate.reasons())])
     fix = f" ({candidate.fix})" if candidate.fix else ""
     return f"kernel {candidate.kernel.name!r} is {candidate.state}: {candidate.reason}{fix}"
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether any of the patterns names it."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def left_out(only: tuple[str, ...]) -> Refusal:
+    """Why a kernel that takes a problem may not run within a strict scope."""
+    return Refusal("strict", f"is left out by {strict_scope(only)}")
+
+
+def strict_scope(only: tuple[str, ...]) -> str:
+    """A strict scope, as it is written."""
+    return f"prefer({', '.join(map(repr, only))}, strict=True)"
+
+
+def _none_of(only: tuple[str, ...], problem: Problem, candidates: list[Candidate]) -> str:
+    """Why no kernel that a strict scope lets run takes the problem, and what to do."""
+    insisted = [candidate for candidate in candidates if matches(candidate.kernel.name, only)]
+    others = [
+        candidate.kernel.name
+        for candidate in candidates
+        if candidate.refusals and all(refusal.field == "strict" for refusal in candidate.refusals)
+    ]
+    reasons = [told(candidate) for candidate in insisted] or ["no kernel matches; `attn kernels` lists all"]
+    free = [f"Without strict, {', '.join(others)} would take it."] if others else []
+    return "\n".join([f"{strict_scope(only)}: none of these takes this problem: {problem}", *reasons, *free])
+
+
+@constant
+def check_strict(name: str, reason: str, only: tuple[str, ...]) -> None:
+    """Raises KernelRefusedError where a strict scope does not let `name` run, which is no kernel of the registry."""
+    if only and not matches(name, only):
+        raise KernelRefusedError(
+            f"{strict_scope(only)}: this call would go to {name!r} ({reason}), past every kernel; leave strict out, or"
+            f" add {name!r} to the patterns"
+        )

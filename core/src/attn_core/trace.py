@@ -32,12 +32,13 @@ from .by_methods import REASON, check_options, dispatched, materialized, name_of
 from .cost import seconds
 from .dispatch import ATTENTION, SDPA, SDPA_GQA, as_under_autocast, autocast_of, stock_sdpa, what_is_foreign
 from .door import HEADS_FIRST, HEADS_LAST, check_bias, compute_capability, examine, lengths_of, refuse_pages
-from .errors import InputError, InputTypeError, NoKernelError
+from .errors import InputError, InputTypeError, KernelRefusedError, NoKernelError
 from .kernel import Run
 from .problem import Problem
+from .record import STOCK
 from .registry import registry
 from .scope import current, mirror
-from .select import Candidate, choose, rank
+from .select import Candidate, check_strict, choose, rank, strict_scope
 from .tracing import constant, has_static_value
 
 #: What a symbolic size is taken for where kernels are weighed; only whether the lengths are equal matters there.
@@ -75,6 +76,7 @@ def traced(
     if type(query) is not Tensor or type(key) is not Tensor or type(value) is not Tensor:
         reason = what_is_foreign(query, key, value)
         if reason is not None and door != ATTENTION:
+            check_strict(STOCK, reason, mirror.only)
             return stock_sdpa(door, query, key, value, bias, scale, dropout_p, reason)
         if reason is not None:
             raise InputTypeError(f"attention takes plain tensors, got {reason}")
@@ -93,6 +95,7 @@ def by_own_dispatch(
     """A bias's own call inside a graph: all of it is traced."""
     scale, softcap, dropout_p, return_lse, kernel = asked
     check_options(bias, softcap, return_lse, kernel)
+    check_strict(name_of(bias), REASON, mirror.only)
     note_own(name_of(bias))
     return dispatched(bias, query, key, value, scale, dropout_p, door == ATTENTION, door != SDPA)
 
@@ -130,6 +133,7 @@ def _run(door: int, query: Tensor, key: Tensor, value: Tensor, bias: AttnBias | 
     rows, plain = weigh(
         operator.index(registry.generation),
         mirror.prefer,
+        mirror.only,
         mirror.allow,
         kernel,
         heads,
@@ -245,6 +249,8 @@ def _best(rows: tuple[Any, ...], problem: Problem) -> Any:
         if not best[5] or not list(registry.refusers[best[0]](problem)):
             return best
         rows = tuple(row for row in rows if row[0] != best[0])
+    if mirror.only:
+        raise KernelRefusedError(f"{strict_scope(mirror.only)}: none of these takes this problem: {problem}")
     raise NoKernelError(f"no kernel takes this problem: {problem}")
 
 
@@ -281,6 +287,7 @@ def note(kernel: str, steps: tuple[int, ...], plain: tuple[tuple[str, Any], ...]
 def weigh(
     generation: int,
     prefer: tuple[str, ...],
+    only: tuple[str, ...],
     allow: tuple[str, ...],
     forced: str | None,
     heads: int,
@@ -340,7 +347,8 @@ def weigh(
         forward_ad=forward_ad._current_level >= 0,  # guarded by dynamo itself, as the levels of functorch are
         compiling=True,
     )
-    settings = replace(current.get().settings, prefer=prefer, allow=frozenset(allow))  # raises for a bad variable
+    said = current.get().settings  # raises for a bad variable
+    settings = replace(said, prefer=prefer, only=only, allow=frozenset(allow))
     candidates = [choose(registry, problem, settings, forced, limits=not symbolic)]
     if forced is None and symbolic:
         candidates = [each for each in rank(registry, problem, settings, limits=False) if each.takes]
