@@ -1,0 +1,238 @@
+"""What timm calls in the place of torch.nn.functional.scaled_dot_product_attention."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...bias import Causal
+from ...by_methods import with_causal
+from ...dispatch import PLAIN, SDPA, SDPA_GQA, call
+from ...errors import KernelRefusedError
+from ...explain import explain
+from ...scope import Scope, Settings, current, prefer
+from ...select import matches
+from ...trace import traced
+from ...tracing import constant
+
+_TOP_LEFT = Causal("top-left")
+_is_tracing = torch.compiler.is_dynamo_compiling
+_is_exporting = torch.compiler.is_exporting
+_is_jit_tracing = torch._C._is_tracing
+_frame = sys._getframe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What `enable` was told."""
+
+    prefer: tuple[str, ...] = ()
+    strict: bool = False
+
+
+class Preference:
+    """A `prefer` scope around calls of one host, whose way in is found once: the scope in it, for the one around it."""
+
+    def __init__(self, options: Options) -> None:
+        self._prefer = prefer(*options.prefer, strict=options.strict)
+        self._latest: tuple[Scope | None, Settings | None, Scope | None] = (None, None, None)
+
+    def scope(self) -> Scope:
+        """The scope to run in, where the task is in `current`."""
+        outer = current.get()
+        around, settings, inner = self._latest
+        if inner is None or around is not outer or settings is not outer.settings:
+            with self._prefer:
+                inner = current.get()
+            self._latest = outer, outer.settings, inner
+        return inner
+
+
+#: Read by every call; `use` sets all three.
+options = Options()
+_preference: Preference | None = None
+#: Kinds of calls, by the place that they come from, of which it is known whether a preferred kernel takes them.
+_looked_at: set[Any] = set()
+_said: set[str] = set()
+
+
+def use(new: Options) -> None:
+    """Has calls follow these options from now on. Raises what `prefer` raises for its patterns."""
+    global options, _preference
+    _preference = Preference(new) if new.prefer or new.strict else None
+    options = new
+    _looked_at.clear()
+    _said.clear()
+
+
+def from_timm(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """torch's scaled_dot_product_attention, with its signature, by attn, with what `enable` was told to prefer."""
+    if _is_tracing():
+        if _is_exporting():
+            say_exported()
+            return _torchs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        bias: Any = _bias_of(attn_mask, is_causal, query)
+        door = SDPA_GQA if enable_gqa else SDPA
+        if options.prefer:
+            with prefer(*options.prefer, strict=options.strict):
+                return traced(door, query, key, value, bias, scale, None, dropout_p, False, None)  # type: ignore[no-any-return]
+        return traced(door, query, key, value, bias, scale, None, dropout_p, False, None)  # type: ignore[no-any-return]
+    if stock_only() or _is_proxy(query):
+        return _torchs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    bias = _bias_of(attn_mask, is_causal, query)
+    door = SDPA_GQA if enable_gqa else SDPA
+    preference = _preference
+    if preference is None:
+        return call(door, query, key, value, bias, scale, None, dropout_p, False, None)  # type: ignore[no-any-return]
+    token = current.set(preference.scope())
+    try:
+        _look_at(_frame(1), door, query, key, value, bias, scale, dropout_p)
+        return call(door, query, key, value, bias, scale, None, dropout_p, False, None)  # type: ignore[no-any-return]
+    except KernelRefusedError as error:
+        raise KernelRefusedError(f"{caller(_frame(1))}: {error}") from error
+    finally:
+        current.reset(token)
+
+
+def always(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """The same for modules that were made for attn: without what `enable` was told."""
+    if _is_tracing():
+        if _is_exporting():
+            say_exported()
+            return _torchs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    elif stock_only() or _is_proxy(query):
+        return _torchs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    bias = _bias_of(attn_mask, is_causal, query)
+    door = SDPA_GQA if enable_gqa else SDPA
+    run = traced if _is_tracing() else call
+    return run(door, query, key, value, bias, scale, None, dropout_p, False, None)  # type: ignore[no-any-return]
+
+
+def _is_proxy(query: object) -> bool:
+    """Whether torch.fx traces: then torch's function, which a graph of it can hold, is what is called."""
+    return type(query) not in PLAIN and isinstance(query, torch.fx.Proxy)
+
+
+def stock_only() -> bool:
+    """Whether what runs is being exported or traced into TorchScript, where torch's own attention has to be kept."""
+    if _is_exporting():
+        say_exported()
+        return True
+    if not _is_tracing() and _is_jit_tracing():
+        _say("torch.jit.trace", "the traced module")
+        return True
+    return False
+
+
+@constant
+def say_exported() -> None:
+    """Says so once; also where a graph is traced, which has no place for a warning."""
+    _say("torch.export", "the exported program")
+
+
+def _say(what: str, result: str) -> None:
+    if what not in _said:
+        _said.add(what)
+        warnings.warn(
+            f"timm: attn is off under {what}: {result} keeps torch's own attention, so that it runs without attn",
+            stacklevel=4,
+        )
+
+
+def _bias_of(attn_mask: Any, is_causal: bool, query: Tensor) -> Any:
+    if not is_causal:
+        return attn_mask
+    return _TOP_LEFT if attn_mask is None else with_causal(attn_mask, query)
+
+
+def _torchs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+def _look_at(
+    frame: FrameType,
+    door: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Any,
+    scale: float | None,
+    dropout_p: float,
+) -> None:
+    """Warns, once per place and kind of call, where no preferred kernel takes it; names the module and the reasons."""
+    kind = (
+        id(frame.f_code),
+        bias is None,
+        torch.is_grad_enabled() and (query.requires_grad, getattr(bias, "requires_grad", False)),
+        query.dtype,
+        query.device.type,
+    )
+    if kind in _looked_at:
+        return
+    _looked_at.add(kind)
+    found = explain(
+        query,
+        key,
+        value,
+        bias,
+        scale=scale,
+        dropout_p=dropout_p,
+        layout="heads-first",
+        enable_gqa=door == SDPA_GQA,
+    )
+    if found.chosen is None or matches(found.chosen, options.prefer):
+        return
+    lines = [
+        f"    {verdict.kernel} is {verdict.state}: {'; '.join(verdict.reasons)}"
+        for verdict in found
+        if matches(verdict.kernel, options.prefer)
+    ]
+    warnings.warn(
+        "\n".join([f"{caller(frame)}: {found.chosen} runs, for no preferred kernel takes its call", *lines]),
+        stacklevel=4,
+    )
+
+
+def caller(frame: FrameType) -> str:
+    """The class of the module that called, or else its function."""
+    owner = frame.f_locals.get("self")
+    if owner is None:
+        return f"{frame.f_globals.get('__name__')}.{frame.f_code.co_name}"
+    return f"{type(owner).__module__}.{type(owner).__qualname__}"
