@@ -218,6 +218,28 @@ def test_prefer_inside_the_graph_is_traced():
     assert ops(counter) == ["_scaled_dot_product_attention_math", "_scaled_dot_product_flash_attention_for_cpu"]
 
 
+def test_one_graph_may_choose_two_kernels_that_no_graph_ran_before():
+    def toy(name):
+        def run(query, key, value, *, scale):
+            return torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scale)
+
+        cpu = Capabilities(devices={"cpu"}, dtypes={torch.float32}, head_dims=ANY_DIM, compile=True)
+        return Kernel(name=name, run=run, capabilities=cpu, layout="heads-first")
+
+    def function(query, key, value):
+        with prefer("toy/one"):
+            inner = attention(query, key, value)
+        with prefer("toy/two"):
+            return inner + attention(query, key, value)
+
+    with register(toy("toy/one")), register(toy("toy/two")), record() as calls:
+        traced, counter = compiled(function)
+        inputs = operands()
+        torch.testing.assert_close(traced(*inputs), function(*inputs))
+    assert counter.frame_count == 1
+    assert {row.kernel for row in calls if row.compiled} == {"toy/one", "toy/two"}
+
+
 def test_a_compiled_function_follows_the_scope_of_its_thread():
     traced, counter = compiled(lambda q, k, v: attention(q, k, v))
     inputs = operands()

@@ -91,6 +91,13 @@ class Registration:
         return f"<Registration of {self.kernel.name}>"
 
 
+class Traceable:
+    """Functions as attributes, by kernel name.
+
+    No dict: dynamo reads one whole when it first sees it, and would miss what a later choice for the same graph adds.
+    """
+
+
 class Registry:
     """All kernels of this process. Reading is free of locks: every change replaces the table."""
 
@@ -111,8 +118,8 @@ class Registry:
         self._runs: dict[str, Run] = {}
         self._on_change: list[Callable[[], None]] = []
         #: What a traced graph reads: functions by kernel name, and their own limits.
-        self.traceable: dict[str, Run] = {}
-        self.refusers: dict[str, Callable[[Problem], Iterable[Refusal]]] = {}
+        self.traceable = Traceable()
+        self.refusers = Traceable()
         #: Grows with every change; a traced choice is guarded by it.
         self.generation = 0
 
@@ -164,9 +171,9 @@ class Registry:
 
     def make_traceable(self, kernel: Kernel) -> None:
         """Puts the kernel where a traced graph can read it."""
-        self.traceable[kernel.name] = self.run(kernel)
+        setattr(self.traceable, kernel.name, self.run(kernel))
         if kernel.refuse is not None:
-            self.refusers[kernel.name] = kernel.refuse
+            setattr(self.refusers, kernel.name, kernel.refuse)
 
     def note_failure(self, kernel: Kernel, error: BaseException) -> None:
         """Remembers that a run raised, to be shown; the kernel goes on being chosen, and raising."""

@@ -165,7 +165,7 @@ def _run(door: int, query: Tensor, key: Tensor, value: Tensor, bias: AttnBias | 
         row = _best(rows, problem)
         note(row[0], tuple(index for index, _ in row[4]), plain, None if bound is None else type(bound))
     name, kernel_heads, _, _, steps, _ = row
-    run = registry.traceable[name]
+    run = getattr(registry.traceable, name)
     if steps:
         options = {"softcap": softcap, "dropout_p": dropout_p, "return_lse": return_lse}
         problem = Problem(
@@ -246,7 +246,7 @@ def _best(rows: tuple[Any, ...], problem: Problem) -> Any:
                 estimate = seconds(row[3], problem.batch, problem.seqlen_q, problem.seqlen_kv, left)
                 if least is None or estimate < least:
                     best, least = row, estimate
-        if not best[5] or not list(registry.refusers[best[0]](problem)):
+        if not best[5] or not list(getattr(registry.refusers, best[0])(problem)):
             return best
         rows = tuple(row for row in rows if row[0] != best[0])
     if mirror.only:
