@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import pluggy
 
 from . import hookspecs
-from .capabilities import Refusal
 from .declaration import check_declaration
 from .discovery import BUILT_IN, BUILT_IN_MODULE, CORE, installed_entry_points, owner
 from .environment import Environment, path_of_costs, read_environment
@@ -31,7 +30,6 @@ from .errors import (
     suggestion,
 )
 from .kernel import Kernel, Run, Unusable, resolve
-from .problem import Problem
 from .rates import Rates, shipped_rates
 
 if TYPE_CHECKING:
