@@ -98,6 +98,7 @@ KINDS = {
     "alibi-whole-documents": (Segments([60, 60, 60]) + ALiBi(HEADS), 180, 180),
     "alibi-line-dilated": (Neighborhood(90, kernel_size=7, dilation=3) + ALiBi(HEADS, slopes(HEADS)), 90, 90),
     "alibi-plane": (Neighborhood((20, 17), kernel_size=5) + ALiBi(HEADS, slopes(HEADS)), 340, 340),
+    "alibi-causal-long-documents": (Segments([300, 300, 40], within=Causal()) + ALiBi(HEADS, slopes(HEADS)), 640, 640),
     "alibi-rule": (Rule() + ALiBi(HEADS, slopes(HEADS), "bottom-right"), 130, 90),
     "table": (RelPosTable(normal(HEADS, 9), 70), 70, 70),
     "table-wider-than-the-line": (RelPosTable(normal(HEADS, 201), 70), 70, 70),
@@ -211,6 +212,46 @@ def test_matrix_products_serve_a_device_without_a_fused_kernel(name, monkeypatch
     monkeypatch.setattr(dense, "forward", dense.plain_forward)
     monkeypatch.setattr(dense, "backward", dense.plain_backward)
     check(*ONE_OF_EACH[name])
+
+
+BESIDE = {
+    "no-mask": (ALiBi(HEADS, slopes(HEADS)), 67, 67),
+    "of-each-entry": (ALiBi(HEADS, slopes(ENTRIES, HEADS)), 41, 41),
+    "longer-queries": (ALiBi(HEADS, slopes(HEADS), "top-left"), 70, 33),
+    "longer-queries-bottom-right": (ALiBi(HEADS, corner="bottom-right"), 70, 33),
+    "longer-keys": (ALiBi(HEADS, slopes(HEADS), "top-left"), 33, 70),
+    "longer-keys-bottom-right": (ALiBi(HEADS, slopes(HEADS), "bottom-right"), 33, 70),
+    "two": (ALiBi(HEADS) + ALiBi(HEADS, slopes(HEADS)), 50, 50),
+    "causal": (Causal() + ALiBi(HEADS, slopes(ENTRIES, HEADS)), 61, 61),
+    "causal-longer-keys": (Causal("bottom-right") + ALiBi(HEADS, slopes(HEADS), "bottom-right"), 41, 70),
+    "causal-longer-queries": (Causal("top-left") + ALiBi(HEADS, slopes(HEADS), "top-left"), 70, 41),
+    "causal-another-corner": (Causal("bottom-right") + ALiBi(HEADS, slopes(HEADS), "top-left"), 41, 70),
+    "documents": (Segments([20, 20, 20, 7, 0, 3], within=Causal()) + ALiBi(HEADS, slopes(HEADS)), 70, 70),
+    "whole-documents": (Segments([20, 20, 20, 9]) + ALiBi(HEADS, slopes(HEADS)), 69, 69),
+}
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["slopes-with-gradient", "slopes-without"])
+@pytest.mark.parametrize("name", BESIDE)
+def test_tiles_on_either_side_of_the_diagonal_are_joined(name, grad, monkeypatch):
+    TABLES.clear()
+    monkeypatch.setattr(limited, "MOST", 8)
+    monkeypatch.setattr(limited, "FEWEST", 8)
+    bias, *lengths = BESIDE[name]
+    if not grad:
+        bias = bias.with_held({key: tensor.detach() for key, tensor in bias.held().items()})
+    check(bias, *lengths)
+    TABLES.clear()
+
+
+@pytest.mark.parametrize("mask", [None, Causal()], ids=["no-mask", "causal"])
+def test_beside_the_diagonal_of_alibi_no_block_is_made(mask):
+    query, key, value = (normal(1, 2048, 1, 8, seed=seed, grad=False) for seed in range(3))
+    bias = ALiBi(1) if mask is None else mask + ALiBi(1)
+    TABLES.clear()
+    with LargestResult() as probe:
+        attention(query, key, value, bias, kernel=NAME)
+    assert 0 < probe.elements <= 2 * limited.MOST**2
 
 
 class LargestResult(TorchDispatchMode):

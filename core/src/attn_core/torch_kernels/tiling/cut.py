@@ -15,8 +15,9 @@ from .documents import document_runs
 from .intervals import intervals
 from .limited import limited
 from .runs import Run
+from .scores import Scores
 from .sequence import Sequence
-from .tables import TABLES, Tiling
+from .tables import TABLES, Part, Tiling
 from .windows import causal_runs, interval_runs
 
 WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
@@ -27,26 +28,27 @@ def whole(seqlen_q: int, seqlen_kv: int) -> Tiling:
     return of_runs([Run(0, 0, seqlen_q, seqlen_kv)], seqlen_q)
 
 
-def tiling(mask: Mask | None, query: Tensor, seqlen_kv: int, backward: bool, scores: bool) -> Tiling:
+def tiling(mask: Mask | None, query: Tensor, seqlen_kv: int, backward: bool, scores: Scores | None) -> Tiling:
     """The tiling of a mask, or of none."""
     if mask is not None:
         return tiling_of(mask, query, backward, scores)
     one = whole(query.shape[2], seqlen_kv)
-    return for_scores(one, like_of(query)) if scores else one
+    return one if scores is None else for_scores(one, like_of(query), scores.diagonal)
 
 
-def tiling_of(mask: Mask, query: Tensor, backward: bool, scores: bool = False) -> Tiling:
+def tiling_of(mask: Mask, query: Tensor, backward: bool, scores: Scores | None = None) -> Tiling:
     """The tiling of `mask`, for the forward or the backward; kept where the mask holds no data.
 
     With `scores`, something is added to the logits of each tile, so that tiles are small.
     """
     like = like_of(query)
+    small = None if scores is None else (scores.diagonal,)
 
     def made() -> Tiling:
         found = cut(mask, backward, like)
-        return for_scores(found, like) if scores else found
+        return found if small is None else for_scores(found, like, *small)
 
-    return made() if mask.holds_data else TABLES.get((mask.key, backward, scores, like.dtype, like.device), made)
+    return made() if mask.holds_data else TABLES.get((mask.key, backward, small, like.dtype, like.device), made)
 
 
 def like_of(query: Tensor) -> Tensor:
@@ -54,13 +56,17 @@ def like_of(query: Tensor) -> Tensor:
     return torch.empty(0, dtype=WIDE.get(query.dtype, query.dtype), device=query.device)
 
 
-def for_scores(found: Tiling, like: Tensor) -> Tiling:
-    """The same in small tiles."""
-    parts = tuple(
-        replace(part, runs=tuple(small for run in part.runs for small in limited(run, like)))  # type: ignore[type-var,attr-defined]
-        for part in found.parts
-    )
-    return replace(found, parts=parts)
+def for_scores(found: Tiling, like: Tensor, diagonal: int | None) -> Tiling:
+    """The same in small tiles, on either side of that diagonal where the scores have one."""
+    parts: list[Part] = []
+    for part in found.parts:
+        # In strips, and on every n-th token, a diagonal is another one.
+        along = diagonal if isinstance(part, Sequence) and part.step == 1 else None
+        runs = tuple(small for run in part.runs for small in limited(run, like, along))  # type: ignore[attr-defined]
+        parts.append(replace(part, runs=runs))  # type: ignore[type-var]
+    if any(run.more for part in parts for run in part.runs):  # type: ignore[attr-defined]
+        return Tiling(tuple(parts), covers=False, joins=True)
+    return replace(found, parts=tuple(parts))
 
 
 def cut(mask: Mask, backward: bool, like: Tensor) -> Tiling:

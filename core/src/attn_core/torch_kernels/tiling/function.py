@@ -32,7 +32,7 @@ def forward(
     held: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """`(out, lse)`; `scale` is above 0, and `held` what the scores hold."""
-    tiles = tiling(mask, query, key.shape[2], False, scores is not None)
+    tiles = tiling(mask, query, key.shape[2], False, scores)
     wide = WIDE.get(query.dtype, query.dtype)
     dtype = wide if tiles.joins else query.dtype  # what is joined is rounded once
     lse_shape = query.shape[:3]
@@ -42,7 +42,7 @@ def forward(
     else:
         out = torch.zeros_like(query, dtype=dtype)
         lse = torch.full(lse_shape, MASKED, dtype=wide, device=query.device)
-    added = None if scores is None else Added(scores.of(held), query.shape[1], like_of(query))
+    added = None if scores is None else Added(scores.of(held), query.shape[1], like_of(query), None, scores.diagonal)
     operands = Operands(_readable(query), _readable(key), _readable(value), out, lse, scale, added)
     for part in tiles.parts:
         part.forward(operands)
@@ -64,7 +64,7 @@ def backward(
     wanted: Sequence[bool] = (),
 ) -> tuple[Tensor, ...]:
     """Gradients to query, key and value, as `empty_like` makes them, and to what is `wanted` of `held`."""
-    tiles = tiling(mask, query, key.shape[2], True, scores is not None)
+    tiles = tiling(mask, query, key.shape[2], True, scores)
     wide = WIDE.get(query.dtype, query.dtype)
     given = operands = query, key, value
     empty = lse == MASKED
@@ -78,7 +78,7 @@ def backward(
     gradients, added = Gradients(held, wanted, like_of(query)) if any(wanted) else None, None
     if scores is not None:
         holding = scores.of(held if gradients is None else gradients.leaves)
-        added = Added(holding, query.shape[1], like_of(query), gradients)
+        added = Added(holding, query.shape[1], like_of(query), gradients, scores.diagonal)
     given_operands = Operands._make((*map(_readable, operands), _readable(out), lse, scale, added))
     for part in tiles.parts:
         part.backward(given_operands, grads)

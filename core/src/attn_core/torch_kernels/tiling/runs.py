@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import dense
-from .scores import SCORES_BYTES, Added, Placed
+from .scores import SCORES_BYTES, Added, Beside, Placed
 
 MASKED = dense.MASKED
 
@@ -101,9 +101,12 @@ def forward(runs: Sequence[Run], lanes: Lanes) -> None:
     for whole in runs:
         run, of_run = _with_scores(whole, lanes)
         for batch, part in _batches(run, of_run, run.rows * dim, FORWARD_BYTES):
-            mask = _mask(batch, part)
+            beside = _beside(batch, part)
+            mask = _mask(batch, part) if beside is None else beside.by_key
             query, key, value = _queries(batch, part.query), _keys(batch, part.key), _keys(batch, part.value)
             out, lse = dense.forward(query, key, value, mask, batch.causal, part.scale)
+            if beside is not None:
+                lse = lse + beside.by_query.squeeze(-1)
             if batch.empty_rows:
                 assert mask is not None
                 lse = lse.masked_fill((mask == MASKED).all(-1), MASKED)
@@ -133,19 +136,30 @@ def backward(runs: Sequence[Run], lanes: Lanes, grads: Grads) -> None:
             lse = _queries(batch, part.lse.unsqueeze(-1)).squeeze(-1)
             operands = _queries(batch, grad.out), query, key, value, _queries(batch, part.out)
             gradients = None if part.scores is None else part.scores.gradients
+            with torch.set_grad_enabled(gradients is not None):
+                beside = _beside(batch, part)
+            if beside is not None:
+                lse = lse - beside.by_query.detach().squeeze(-1)
             if gradients is None:
-                mask = _mask(batch, part)
+                mask = _mask(batch, part) if beside is None else beside.by_key
                 to_query, to_key, to_value = dense.backward(*operands, lse, mask, batch.causal, part.scale)
             else:  # the fused kernels give no gradient to what is added
                 assert part.scores is not None
-                with torch.enable_grad():
-                    block = part.scores.of(batch)
-                mask = _masked(batch, block.detach().clone())
+                if beside is None:
+                    with torch.enable_grad():
+                        block = part.scores.of(batch)
+                    mask = _masked(batch, block.detach().clone())
+                else:
+                    mask = beside.by_key.detach()
                 grad_out, query, key, value, out = (x.to(lse.dtype) for x in operands)
                 to_query, to_key, to_value, to_scores = dense.backward_with_logits(
                     grad_out, query, key, value, out, lse, mask, False, part.scale
                 )
-                gradients.add(block, to_scores)
+                if beside is None:
+                    gradients.add(block, to_scores)
+                else:
+                    gradients.add(beside.by_key, to_scores)
+                    gradients.add(beside.by_query, to_scores)
             if batch.more:
                 _queries(batch, grad.query).add_(to_query)
             else:
@@ -158,6 +172,11 @@ def _mask(run: Run, lanes: Lanes) -> Tensor | None:
     if lanes.scores is not None:
         return _masked(run, lanes.scores.of(run))
     return run.mask if run.mask is None or isinstance(run.mask, Tensor) else run.mask.of(run)
+
+
+def _beside(run: Run, lanes: Lanes) -> Beside | None:
+    """What is added, where that is no block of numbers; None where it is one, or nothing."""
+    return None if lanes.scores is None or run.mask is not None else lanes.scores.beside(run)
 
 
 def _masked(run: Run, block: Tensor) -> Tensor:

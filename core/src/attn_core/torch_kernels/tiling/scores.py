@@ -6,6 +6,14 @@ heads; `Placed` that of some lanes, whose rows are known tokens. Nothing is kept
 Where all tiles of a run have the same block, it is made once: ALiBi and tables of one axis depend on nothing but how
 far a key lies from the query, those of a grid on how far it does so on each axis. In the first case, a block of rows
 and columns is made from one line of numbers, of which each row is a part.
+
+On either side of its diagonal, ALiBi is a number for the key and one for the query. The first is a block of one row,
+the second only changes the LSE: no block is made. Both count from the query that is next to the keys, so that no
+number is larger than what ALiBi adds.
+
+        keys of a tile  ├───────────┼───┼ ─ ─ ─ ┤
+        first query     key + 0     │ ╲ │
+        next query      key + 1     │  ╲│           the diagonal
 """
 
 from __future__ import annotations
@@ -18,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ...bias import ALiBi, RelPosTable, Score
+from ...bias.diagonal import offset
 
 #: Bytes of what is made on the way to one element of a block, and as much again where autograd keeps it.
 ELEMENT_BYTES = 24
@@ -61,6 +70,12 @@ class Scores:
         return tuple(rule.with_held({name: next(tensors) for name in rule.held()}) for rule in self.rules)
 
     @property
+    def diagonal(self) -> int | None:
+        """The key of query 0 that is on the diagonal of all rules, which are ALiBi; None where they have none."""
+        found = {offset(rule.corner, *rule.bound_lengths()) for rule in self.rules if type(rule) is ALiBi}
+        return found.pop() if len(found) == 1 and all(type(rule) is ALiBi for rule in self.rules) else None
+
+    @property
     def batch(self) -> int:
         return next((n for n in (rule.batch_and_heads[0] for rule in self.rules) if n != 1), 1)
 
@@ -102,16 +117,24 @@ class Added:
     heads: int
     like: Tensor
     gradients: Gradients | None = None
+    diagonal: int | None = None  #: of `Scores`
 
     def on_sequence(self, seqlen_q: int, seqlen_kv: int, start: int, step: int, entries: range) -> Placed:
         """On every `step`-th token from `start` on, of these batch entries; a lane for each and every head."""
         device = self.like.device
         q, k = (torch.arange(start, length, step, device=device)[None] for length in (seqlen_q, seqlen_kv))
-        return Placed(self, q, k, entries, range(self.heads))
+        return Placed(self, q, k, entries, range(self.heads), in_row=step == 1)
 
     def on_grid(self, q: Tensor, k: Tensor, extents: tuple[int, ...], entries: range, heads: range) -> Placed:
         """On strips of a grid, whose tokens are `[strips, rows]` and `[strips, columns]`; a tile is a box in one."""
         return Placed(self, q, k, entries, heads, extents)
+
+
+class Beside(NamedTuple):
+    """What is added beside the diagonal: the sum of both, the same in all tiles."""
+
+    by_key: Tensor  #: `[1, 1 or lanes, 1, columns]`
+    by_query: Tensor  #: `[1, 1 or lanes, rows, 1]`
 
 
 class Wanted(NamedTuple):
@@ -133,6 +156,7 @@ class Placed:
     entries: range
     heads: range
     extents: tuple[int, ...] | None = None  #: of the grid, where tiles are boxes
+    in_row: bool = False  #: every token is there, from the first on
     lanes: slice = field(default_factory=lambda: slice(None))
 
     def some(self, lanes: slice) -> Placed:
@@ -165,6 +189,29 @@ class Placed:
             total = total + block
         shape = (*total.shape[:2], tiles.rows, tiles.columns)
         return total if total.shape == shape else total.expand(shape).contiguous()
+
+    def beside(self, tiles: Tiles) -> Beside | None:
+        """What is added, where all keys of each tile lie on one side of its queries' diagonal; else None."""
+        diagonal = self.added.diagonal
+        if diagonal is None or not self.in_row or (tiles.count > 1 and tiles.q_step != tiles.k_step):
+            return None
+        q, k = self.q[0, tiles.q0 : tiles.q0 + tiles.rows], self.k[0, tiles.k0 : tiles.k0 + tiles.columns]
+        if tiles.k0 + tiles.columns - 1 <= tiles.q0 + diagonal:
+            nearest = q[:1]
+        elif tiles.k0 >= tiles.q0 + tiles.rows - 1 + diagonal:
+            nearest = q[-1:]
+        else:
+            return None
+        by_key = by_query = torch.zeros((), dtype=self.like.dtype, device=self.like.device)
+        for rule in self.added.rules:
+            wanted = self._wanted(rule, one_strip=True)
+            b, h = wanted.b[:, None], wanted.h[:, None]
+            to_key = rule.added(b, h, nearest, k, self.like.dtype)
+            to_query = rule.added(b, h, q, nearest + diagonal, self.like.dtype)
+            if wanted.inverse is not None:
+                to_key, to_query = (x.index_select(0, wanted.inverse) for x in (to_key, to_query))
+            by_key, by_query = by_key + to_key, by_query + to_query
+        return Beside(by_key[None, :, None], by_query[None, ..., None])
 
     def _same(self, rule: Score, tiles: Tiles) -> bool:
         """Whether what `rule` adds is the same in all tiles and strips."""
