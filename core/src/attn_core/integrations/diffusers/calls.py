@@ -160,7 +160,7 @@ def _windowed(window_size: tuple[int, int], bias: AttnBias | None) -> AttnBias:
     """The window as flash-attn means it, and the bias."""
     left, right = (None if limit == -1 else limit for limit in window_size)
     window = Window(left, right, "bottom-right")
-    return window if bias is None else window & bias
+    return window if bias is None else window + bias
 
 
 def _agree(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
