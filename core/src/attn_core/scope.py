@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, MutableMapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -74,6 +74,9 @@ class Scope(dict[Any, tuple[Choice, ...]]):
         self.usages = usages
         self.watched = bool(recorders or usages)
         self.latest: dict[Any, Choice] = {}
+        #: The scopes entered from here, by what entered them, so that deriving settings is paid once. Those that somebody
+        #: watches are nobody else's; the others are kept where every scope of their settings is found.
+        self.within: MutableMapping[Any, Scope] = {} if self.watched else WeakValueDictionary()
         with _lock:
             _alive[id(self)] = self
 
@@ -95,6 +98,7 @@ class Scope(dict[Any, tuple[Choice, ...]]):
     def forget_settings(self) -> None:
         """Asks the environment again, at next use."""
         self._settings, self.usages, self.watched = None, (), False
+        self.within.clear()
 
     def keep(self, asked: Any, place: Any, choice: Choice, generation: int) -> None:
         """Stores a choice made at that generation of the registry, dropping the oldest where the table is full.
@@ -130,6 +134,8 @@ current: ContextVar[Scope] = ContextVar("attn_scope", default=_base)
 def in_order(allowed: Collection[str]) -> tuple[str, ...]:
     """What is allowed, in one order whoever says so: a graph guards on it."""
     made: tuple[str, ...] = ()
+    if not allowed:
+        return made
     for word in ALLOWABLE:
         if word in allowed:
             made += (word,)
@@ -214,7 +220,8 @@ class _ScopeContext:
     traced one cannot, and keeps it on the object.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, key: Any) -> None:
+        self._key = key  # of what it says: equal ones derive alike
         self._traced: list[Said] = []
 
     def _derive(self, prefer: tuple[str, ...], only: tuple[str, ...], allow: tuple[str, ...]) -> Said:
@@ -226,21 +233,32 @@ class _ScopeContext:
             mirror.prefer, mirror.only, mirror.allow = self._derive(mirror.prefer, mirror.only, mirror.allow)
             return self
         outer = current.get()
+        scope = outer.within.get(self._key)
+        if scope is None:  # an empty one is falsy
+            scope = self._scope_within(outer)
+        _entered.set((*_entered.get(), (self, current.set(scope))))
+        _reflect(scope.settings)
+        return self
+
+    def _scope_within(self, outer: Scope) -> Scope:
         said = outer.settings
         prefer, only, allow = self._derive(said.prefer, said.only, in_order(said.allow))
         settings = replace(said, prefer=prefer, only=only, allow=frozenset(allow))
         scope = scope_for(settings, outer.recorders, outer.usages)
-        _entered.set((*_entered.get(), (self, current.set(scope))))
-        _reflect(scope.settings)
-        return self
+        if len(outer.within) >= SCOPES_KEPT:
+            outer.within.clear()
+        outer.within[self._key] = scope
+        return scope
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._traced:
             mirror.prefer, mirror.only, mirror.allow = self._traced.pop()
             return
         entered = _entered.get()
-        last = max((i for i, (owner, _) in enumerate(entered) if owner is self), default=None)
-        if last is None:
+        last = len(entered) - 1
+        while last >= 0 and entered[last][0] is not self:
+            last -= 1
+        if last < 0:
             raise RuntimeError(f"{type(self).__name__}: left in another task or thread than it was entered in")
         _entered.set(entered[:last] + entered[last + 1 :])
         current.reset(entered[last][1])
@@ -266,7 +284,7 @@ class prefer(_ScopeContext):  # noqa: N801  (reads as a verb: `with prefer("flas
     """
 
     def __init__(self, *patterns: str, strict: bool = False) -> None:
-        super().__init__()
+        super().__init__(("prefer", patterns, strict))
         self.patterns = patterns
         self.strict = strict
         if not torch.compiler.is_dynamo_compiling():
@@ -287,7 +305,7 @@ class allow(_ScopeContext):  # noqa: N801
     """
 
     def __init__(self, *what: str) -> None:
-        super().__init__()
+        super().__init__(("allow", what))
         self.what = what
         check_allowed(what, "allow")
 
