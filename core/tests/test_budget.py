@@ -262,9 +262,8 @@ def test_biases_are_filled_as_described():
 
 def test_a_bias_of_an_unknown_kind_with_data_must_be_given():
     class Unknown(Causal):
-        @property
-        def holds_data(self):
-            return True
+        def held(self):
+            return {"which": torch.zeros(3, dtype=torch.int64)}
 
     with pytest.raises(TypeError, match="no rule to fill a Unknown; give one with bias="):
         build(replace(BASE, bias=Unknown("top-left").bind(33, 37)), seed=1)

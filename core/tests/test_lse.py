@@ -11,7 +11,7 @@ from attn_core import Causal, KeyPadding, Problem, TensorBias, Window, attention
 from attn_core.testing.differences import by_kernel, differences
 from attn_core.testing.problems import build
 
-KERNELS = ("torch/flash", "torch/flex", "torch/reference")
+KERNELS = ("torch/flash", "torch/flex", "torch/reference", "torch/tiled")
 BASE = Problem(
     batch=2,
     seqlen_q=6,
@@ -53,6 +53,8 @@ def test_these_are_all_the_kernels_that_give_an_lse_here():
 def test_the_lse_is_natural_wide_and_minus_infinity_for_an_empty_row(name, bias, dtype):
     if name == "torch/flex" and dtype is torch.float64:
         pytest.skip("torch/flex, on the CPU: it takes no float64")
+    if name == "torch/tiled" and isinstance(BIASES[bias], TensorBias):
+        pytest.skip("torch/tiled: it takes no tensor as a mask")
     seqlen_q = 12 if bias == "causal with empty rows" else 6  # more queries than keys: the first see none
     given = None if BIASES[bias] is None else BIASES[bias].bind(seqlen_q, 9)
     problem = replace(BASE, dtype=dtype, seqlen_q=seqlen_q, bias=None if given is None else given.without_data())
@@ -74,8 +76,8 @@ def test_the_lse_is_natural_wide_and_minus_infinity_for_an_empty_row(name, bias,
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_lse_is_that_of_the_logits_after_softcap_and_bias(name):
-    if name == "torch/flash":
-        pytest.skip("torch/flash: it takes no softcap")
+    if name in ("torch/flash", "torch/tiled"):
+        pytest.skip(f"{name}: it takes no softcap")
     table = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
     problem = replace(BASE, softcap=0.5, bias=TensorBias(table).bind(6, 9).without_data())
     inputs = build(problem, seed=2, bias=TensorBias(table), magnitude=3.0)

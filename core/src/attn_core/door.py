@@ -77,7 +77,7 @@ def examine(
         if bound is not None and bound.paged is not None:
             bound.paged.check_pages(key.shape[0])
         if bound is not None and not torch.compiler.is_compiling():
-            bound.check_rule(query.device)
+            bound.check_rule()
     grad = torch.is_grad_enabled()
     device = query.device
     problem = Problem(

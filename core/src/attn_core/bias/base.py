@@ -159,9 +159,13 @@ class AttnBias(ABC):
         check_shape(self, "dense form", dense, (*self.batch_and_heads, *self.bound_lengths()))
         return dense
 
-    def check_rule(self, device: torch.device | str) -> None:
-        """Raises InputError where the rule of a bound bias answers for more than it was asked for."""
+    def check_rule(self) -> None:
+        """Raises InputError where a bound bias does not say `batch_and_heads`, and has a rule that tells some apart."""
         return
+
+    def is_for_any_batch_and_head(self) -> bool:
+        """Whether its class says nothing of `batch_and_heads`, or that it is as here."""
+        return type(self).batch_and_heads is AttnBias.batch_and_heads
 
     @Derived
     def has_dense_form(self) -> bool:
@@ -387,9 +391,9 @@ class Mask(Kind):
     def score(self, logit: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return torch.where(self.keep(b, h, q, k), logit, MASKED)
 
-    def check_rule(self, device: torch.device | str) -> None:
-        if 0 not in self.bound_lengths():
-            check_shape(self, "rule", self.keep(*indices(1, 1, 1, 1, device)), (1, 1, 1, 1))
+    def check_rule(self) -> None:
+        if self.is_for_any_batch_and_head() and 0 not in self.bound_lengths():
+            check_shape(self, "rule", self.keep(*indices(1, 1, 1, 1, self.device or "cpu")), (1, 1, 1, 1))
 
     def without_padding(self) -> Mask:
         from .zero_padded import ZeroPadded  # which is a mask itself

@@ -95,9 +95,9 @@ class Joint(Kind):
     def has_padding(self) -> bool:
         return any(part.has_padding for part in self.parts)
 
-    def check_rule(self, device: torch.device | str) -> None:
+    def check_rule(self) -> None:
         for part in self.parts:
-            part.check_rule(device)
+            part.check_rule()
 
     def without_padding(self: Self) -> Self:
         return self._of([part.without_padding() for part in self.parts], self.lengths) if self.has_padding else self

@@ -162,7 +162,10 @@ class Neighborhood(Mask):
 
     def pairs(self) -> float:
         self.bound_lengths()
-        return float(prod(_count(*axis) for axis in self.axes))
+        pairs = 1.0
+        for axis in self.axes:  # where a graph is traced, a generator is not taken
+            pairs *= _count(*axis)
+        return pairs
 
     def normalize(self) -> Neighborhood | Window | Causal | None:
         lengths = self.bound_lengths()

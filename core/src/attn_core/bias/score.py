@@ -21,9 +21,9 @@ class Score(Kind):
         in the tensors that the bias holds.
         """
 
-    def check_rule(self, device: torch.device | str) -> None:
-        if 0 not in self.bound_lengths():
-            added = self.added(*indices(1, 1, 1, 1, device), torch.float32)
+    def check_rule(self) -> None:
+        if self.is_for_any_batch_and_head() and 0 not in self.bound_lengths():
+            added = self.added(*indices(1, 1, 1, 1, self.device or "cpu"), torch.float32)
             check_shape(self, "rule", added, (1, 1, 1, 1))
 
     def score(self, logit: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
