@@ -23,7 +23,15 @@ from attn_core import (
 from attn_core.registry import Registry
 from attn_core.testing import HELLO, fake_distribution, importable
 
-BUILT_IN = {"torch/cudnn", "torch/efficient", "torch/flash", "torch/flex", "torch/math", "torch/reference", "torch/tiled"}
+BUILT_IN = {
+    "torch/cudnn",
+    "torch/efficient",
+    "torch/flash",
+    "torch/flex",
+    "torch/math",
+    "torch/reference",
+    "torch/tiled",
+}
 
 
 @pytest.fixture
