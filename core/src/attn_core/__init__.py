@@ -3,6 +3,10 @@
 This module loads no kernel library, opens no CUDA context and finds no plugin; the first call does what it needs.
 """
 
+from __future__ import annotations
+
+from collections.abc import Collection
+
 from .bias import (
     ALiBi,
     AttnBias,
@@ -33,6 +37,7 @@ from .bias import (
 )
 from .capabilities import ANY_DEVICE, ANY_DIM, Backward, Capabilities, Refusal
 from .cost import Cost, Work
+from .environment import hosts_to_enable as _hosts_to_enable
 from .errors import (
     AttnError,
     CalibrationWarning,
@@ -40,6 +45,7 @@ from .errors import (
     DuplicateKernelError,
     InputError,
     InputTypeError,
+    IntegrationWarning,
     KernelRefusedError,
     NoKernelError,
     PlanError,
@@ -81,6 +87,7 @@ __all__ = [
     "Explanation",
     "InputError",
     "InputTypeError",
+    "IntegrationWarning",
     "Intersection",
     "Kernel",
     "KernelRefusedError",
@@ -119,6 +126,8 @@ __all__ = [
     "causal_lower_right",
     "causal_upper_left",
     "count_usage",
+    "disable",
+    "enable",
     "explain",
     "explain_problem",
     "hookimpl",
@@ -148,3 +157,40 @@ register = registry.register
 def is_available(name: str) -> bool:
     """Whether a kernel of that name is registered and can run on this machine. Raises nothing for an unknown name."""
     return any(k.name == name and registry.condition(k).state in ("ready", "failed") for k in kernels(name))
+
+
+def enable(*hosts: str, prefer: Collection[str] | str = (), strict: bool = False) -> None:
+    """Has these libraries run their attention by attn, in the whole process: "torch", "timm", "transformers", …
+
+        attn_core.enable("timm", "transformers", prefer="flash/*")
+
+    The same as each integration's own `enable`. Enabled ones take the new options. Where one cannot be enabled, those
+    that this call enabled are disabled again.
+
+    Args:
+        hosts: names of integrations; at least one.
+        prefer: patterns of kernel names, as in `prefer`, for the calls that come from these libraries; one or several.
+        strict: for these calls only kernels that match run, else KernelRefusedError.
+
+    Raises InputError for no or an unknown name, MissingPackageError where a library is not installed, and what `prefer`
+    raises. Warns, once, of a version of the library that is outside of the range that is tested.
+    """
+    from .integrations import hosts as integrations  # only what is used is loaded
+
+    integrations.enable(*hosts, prefer=prefer, strict=strict)
+
+
+def disable(*hosts: str) -> None:
+    """Gives these libraries their own attention back; without names, all that are enabled.
+
+    What is not enabled is left alone. Raises InputError for an unknown name.
+    """
+    from .integrations import hosts as integrations
+
+    integrations.disable(*hosts)
+
+
+if _hosts_to_enable():
+    from .integrations.hosts import enable_as_told
+
+    enable_as_told(_hosts_to_enable())

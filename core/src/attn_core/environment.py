@@ -5,6 +5,7 @@ ATTN_BLOCK        deny-list of plugins: not even imported
 ATTN_PREFER       kernel name patterns, the most preferred first, such as "flash/*,torch/flash"
 ATTN_ALLOW        what else may be chosen: "approximate", "known-bad"
 ATTN_ALLOW_KNOWN_BAD  kernel name patterns: these run although known to be bad here, such as "torch/cudnn"
+ATTN_ENABLE       integrations to enable when attn_core is imported, such as "transformers,timm"
 ATTN_COSTS        the file of measured constants; set but empty: those that are shipped
 ATTN_TENSOR_MASK  what a plain tensor as attn_mask gets: "silent", "warn" or "error"
 ATTN_USAGE        a file to which calls are added when the process ends, counted by kind of bias
@@ -31,6 +32,7 @@ class Environment:
     prefer: tuple[str, ...] = ()
     allow: frozenset[str] = frozenset()
     allow_known_bad: tuple[str, ...] = ()
+    enable: tuple[str, ...] = ()
     costs: str | None = None  #: None: a file in the user's cache
     tensor_mask: str = "warn"
     usage: str | None = None  #: None: nothing is counted
@@ -45,10 +47,16 @@ def read_environment() -> Environment:
         prefer=_listed(os.environ.get("ATTN_PREFER", "")),
         allow=check_allowed(_listed(os.environ.get("ATTN_ALLOW", "")), "ATTN_ALLOW"),
         allow_known_bad=_listed(os.environ.get("ATTN_ALLOW_KNOWN_BAD", "")),
+        enable=hosts_to_enable(),
         costs=os.environ.get("ATTN_COSTS"),
         tensor_mask=_checked_tensor_mask(os.environ.get("ATTN_TENSOR_MASK") or "warn"),
         usage=os.environ.get("ATTN_USAGE") or None,
     )
+
+
+def hosts_to_enable() -> tuple[str, ...]:
+    """What ATTN_ENABLE says, whatever the other variables say: it is asked for while attn_core is imported."""
+    return _listed(os.environ.get("ATTN_ENABLE", ""))
 
 
 def path_of_costs(environment: Environment) -> Path | None:

@@ -54,6 +54,10 @@ class CalibrationWarning(UserWarning):
     """A file of measured constants is ignored; estimates are by those that are shipped."""
 
 
+class IntegrationWarning(UserWarning):
+    """An integration did not do all that was asked of it, or is used with a version that it was not tested with."""
+
+
 class PluginWarning(UserWarning):
     """A plugin was left out; said once per plugin, the rest go on."""
 

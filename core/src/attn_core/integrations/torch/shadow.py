@@ -1,0 +1,68 @@
+"""Shadows: a stand-in for a module, in which some names are others, and functions that look their names up in it.
+
+A module that holds such a shadow under the name `F` finds a function of ours in `F.scaled_dot_product_attention`, and
+torch's own everywhere else: nothing of torch.nn.functional changes.
+
+Forced by torch.compile: it reads the globals of a function through the module named in `__name__`, so that a function
+over other globals needs a module of that name; and what stands in for a module must be one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from types import CellType, FunctionType, ModuleType
+from typing import Any
+
+PREFIX = "attn_core.integrations.torch.shadows"
+
+
+def shadow_module(module: ModuleType, changes: Mapping[str, Any]) -> ModuleType:
+    """A module that has `changes`, and for every other name what `module` has at that moment."""
+    shadow = ModuleType(f"{PREFIX}.of_{module.__name__}", module.__doc__)
+    shadow.__getattr__ = lambda name: getattr(module, name)  # type: ignore[method-assign]
+    shadow.__dict__.update(changes)
+    return shadow
+
+
+class ShadowGlobals:
+    """A copy of the globals of some functions, in which values named by `changes` are others.
+
+    `changes` says for a value what takes its place; it is asked for every global at each `refresh`.
+    """
+
+    def __init__(self, original: dict[str, Any], changes: Callable[[Any], Any]) -> None:
+        self._original = original
+        self._changes = changes
+        self.module = ModuleType(f"{PREFIX}.g{id(original):x}_{original.get('__name__', '')}")
+        self._rebound: dict[int, tuple[FunctionType, FunctionType]] = {}
+        sys.modules[self.module.__name__] = self.module
+
+    def refresh(self) -> None:
+        """Takes the originals as they are now."""
+        made = {name: self._changes(value) for name, value in self._original.items()}
+        self.module.__dict__.update(made, __name__=self.module.__name__, __spec__=None, __loader__=None)
+
+    def rebound(self, function: FunctionType) -> FunctionType:
+        """`function`, its code the same, looking its names up here; the same one every time."""
+        known = self._rebound.get(id(function))
+        if known is not None:
+            return known[1]
+        closure = function.__closure__
+        if closure is not None:
+            closure = tuple(self._cell(cell) for cell in closure)
+        made = FunctionType(function.__code__, self.module.__dict__, function.__name__, function.__defaults__, closure)
+        made.__kwdefaults__ = function.__kwdefaults__
+        made.__dict__.update(function.__dict__)
+        made.__doc__, made.__qualname__, made.__module__ = function.__doc__, function.__qualname__, function.__module__
+        made.__annotations__ = function.__annotations__
+        self._rebound[id(function)] = function, made
+        return made
+
+    def _cell(self, cell: CellType) -> CellType:
+        try:
+            held = cell.cell_contents
+        except ValueError:  # not filled yet
+            return cell
+        changed = self._changes(held)
+        return cell if changed is held else CellType(changed)
