@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from .cases import Case
 from .subject import Subject
@@ -11,6 +12,7 @@ from .subject import Subject
 #: Raises where the kernel is wrong; may answer the largest error as a part of what is allowed.
 Run = Callable[[Subject, Case], float | None]
 Cases = Callable[[Subject], Iterable[Case]]
+_Run = TypeVar("_Run", bound=Run)
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,10 @@ class Check:
 CHECKS: dict[str, Check] = {}
 
 
-def check(group: str, cases: Cases, fields: Iterable[str] = ()) -> Callable[[Run], Run]:
+def check(group: str, cases: Cases, fields: Iterable[str] = ()) -> Callable[[_Run], _Run]:
     """Makes a function a check of that name."""
 
-    def add(run: Run) -> Run:
+    def add(run: _Run) -> _Run:
         about = (run.__doc__ or "").strip().partition("\n")[0]
         CHECKS[run.__name__] = Check(run.__name__, group, about, frozenset(fields), cases, run)
         return run

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 from ..kernel import Kernel
 from ..registry import registry
-from . import contract, honesty, manners, numbers  # noqa: F401  (importing them makes their checks known)
+from . import contract, honesty, manners, numbers, recorded  # noqa: F401  (importing them makes their checks known)
 from .cases import Case
 from .checks import CHECKS, Check
 from .results import CheckFailed, CheckResult, NotTestable, Status
