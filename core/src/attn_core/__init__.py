@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from .assign import Assignment, assign
 from .bias import (
     ALiBi,
     AttnBias,
@@ -71,6 +72,7 @@ __all__ = [
     "ANY_DEVICE",
     "ANY_DIM",
     "ALiBi",
+    "Assignment",
     "AttnBias",
     "AttnError",
     "Backward",
@@ -122,6 +124,7 @@ __all__ = [
     "Work",
     "allow",
     "as_bias",
+    "assign",
     "attention",
     "causal_lower_right",
     "causal_upper_left",

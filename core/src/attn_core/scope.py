@@ -74,7 +74,7 @@ class Scope(dict[Any, tuple[Choice, ...]]):
         self.usages = usages
         self.watched = bool(recorders or usages)
         self.latest: dict[Any, Choice] = {}
-        #: The scopes entered from here, by what entered them: deriving settings is paid once. Those that somebody watches
+        #: The scopes entered from here, by what entered them: deriving settings is paid once. Those that are watched
         #: are nobody else's; the others are kept where every scope of their settings is found.
         self.within: MutableMapping[Any, Scope] = {} if self.watched else WeakValueDictionary()
         with _lock:
