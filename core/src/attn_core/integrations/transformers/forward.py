@@ -1,33 +1,17 @@
-"""transformers: models run their attention by attn, with `attn_implementation="attn"`.
-
-    from attn_core.integrations import transformers as attn_transformers
-
-    attn_transformers.enable()
-    model = AutoModel.from_pretrained(…, attn_implementation="attn")    # or model.set_attn_implementation("attn")
-
-Forced by the host:
-- It asks one registry for the attention function and another for the mask function, both by the same name. For a name
-  that the second does not know it hands over no mask at all, so padding would silently be attended. Hence `enable`
-  registers both, the mask function being the host's own for its "sdpa".
-- It passes whatever the caller of a model gave it on to the attention function. An argument that is not known here to
-  be harmless is an error that names it.
-"""
+"""The attention function, as transformers calls it: what attn cannot honour is an error that names the argument."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..bias import AttnBias, Causal, TensorBias
-from ..errors import InputError
-from ..functional import attention
-from .missing import MissingPackageError, need
-
-NAME = "attn"
-FIX = 'pip install "transformers>=5.23,<6"'
+from ...bias import AttnBias, Causal, TensorBias
+from ...errors import InputError
+from ...functional import attention
+from .masks import LazyMask
 
 #: Bookkeeping of the host, without any bearing on the result of attention.
 HARMLESS = frozenset(
@@ -57,48 +41,6 @@ PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})
 
 #: The longest of the packed sequences: says nothing that cu_seq_lens does not.
 LONGEST = frozenset({"max_length_q", "max_length_k"})
-
-Forward = Callable[..., tuple[Tensor, None]]
-
-#: What `enable` registered: name -> function.
-_enabled: dict[str, Forward] = {}
-
-
-def enable(name: str = NAME, *, ignore: Collection[str] = ()) -> None:
-    """Makes `attn_implementation=name` run a model's attention by attn. A second time changes nothing but `ignore`.
-
-    Args:
-        name: under which the attention function and the mask function are registered.
-        ignore: further keyword arguments, which a model hands to its attention, that have no bearing on it.
-
-    Raises MissingPackageError without transformers, InputError for a name that is registered by someone else.
-    """
-    attentions, masks = _registries()
-    ours = _enabled.get(name)
-    if name == "eager" or attentions.get(name) is not ours or (ours is None and name in masks):
-        raise InputError(f"enable: transformers has an attention {name!r} already; choose another name")
-    harmless = HARMLESS | frozenset(ignore)
-
-    def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        return attention_forward(*args, harmless=harmless, **kwargs)
-
-    _enabled[name] = forward
-    attentions.register(name, forward)
-    masks.register(name, masks["sdpa"])
-
-
-def disable(name: str = NAME) -> None:
-    """Takes out what `enable` registered; nothing happens where it registered nothing.
-
-    A model that is still set to `name` raises at its next call; set another with `set_attn_implementation`.
-    """
-    ours = _enabled.pop(name, None)
-    if ours is None:
-        return
-    attentions, masks = _registries()
-    if attentions.get(name) is ours:  # the host has no public way to take one out
-        del attentions._global_mapping[name]
-        del masks._global_mapping[name]
 
 
 def attention_forward(
@@ -139,8 +81,11 @@ def attention_forward(
 
     Raises InputError for any other argument that is not None, by its name; what `attention` raises besides.
     """
-    if kwargs:
-        _check(kwargs, harmless, attention_mask)
+    if kwargs and (reason := refusal(kwargs, harmless, attention_mask)):
+        raise InputError(reason)
+    if type(attention_mask) is LazyMask:
+        attention_mask = _understood(attention_mask, query, key, position_bias)
+        is_causal = False  # the mask says everything, also where it masks nothing
     seqlen_q, seqlen_kv = query.shape[2], key.shape[2]
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
@@ -173,27 +118,35 @@ def attention_forward(
     return out.contiguous(), None
 
 
-def _check(kwargs: dict[str, Any], harmless: Collection[str], attention_mask: object) -> None:
-    """Raises InputError for an argument that would otherwise vanish."""
+def refusal(kwargs: dict[str, Any], harmless: Collection[str], attention_mask: object) -> str | None:
+    """Why an argument cannot be honoured, and what to do instead, by its name; None where none would vanish."""
     for name, value in kwargs.items():
         if value is None or name in harmless or name in LONGEST:
             continue
         if name in UNSUPPORTED:
             if value is not False:
-                raise InputError(f"{name}: {UNSUPPORTED[name]}")
+                return f"{name}: {UNSUPPORTED[name]}"
         elif name in PACKED:
             one_sequence = name != "seq_idx" and value.shape[0] <= 2
             if attention_mask is None and not one_sequence:
-                raise InputError(
+                return (
                     f"{name}: speaks of packed sequences, but there is no mask that keeps them apart; pass"
                     " position_ids that start again at each of them, and use_cache=False, so that transformers makes"
                     " one"
                 )
         else:
-            raise InputError(
+            return (
                 f"{name}: attn does not know this argument, so it might change what attention means;"
                 f' if it does not, say so: enable(ignore={{"{name}"}})'
             )
+    return None
+
+
+def _understood(mask: LazyMask, query: Tensor, key: Tensor, position_bias: Tensor | None) -> AttnBias | Tensor | None:
+    """What the mask means, where it was made for these operands and is all there is; else the dense tensor."""
+    batch, _, seqlen_q, seqlen_kv = mask.shape
+    fits = (batch, seqlen_q, seqlen_kv) == (query.shape[0], query.shape[2], key.shape[2])
+    return mask.bias() if fits and position_bias is None else mask.dense()
 
 
 def _with_position_bias(position_bias: Tensor, bias: Any, query: Tensor, key: Tensor) -> TensorBias:
@@ -211,17 +164,3 @@ def _same_batch(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tens
     """Operands of one batch entry (learned queries) expanded to the others' batch, as SDPA broadcasts."""
     batch = max(query.shape[0], key.shape[0])
     return tuple(x.expand(batch, -1, -1, -1) if x.shape[0] == 1 else x for x in (query, key, value))  # type: ignore[return-value]
-
-
-def _registries() -> tuple[Any, Any]:
-    """transformers' registries of attention functions and of mask functions."""
-    purpose = "attn_core.integrations.transformers"
-    need("transformers", purpose, FIX)
-    modeling = need("transformers.modeling_utils", purpose, FIX)
-    masking = need("transformers.masking_utils", purpose, FIX)
-    try:
-        return modeling.ALL_ATTENTION_FUNCTIONS, masking.ALL_MASK_ATTENTION_FUNCTIONS
-    except AttributeError as error:
-        raise MissingPackageError(
-            f"{purpose} needs a transformers with a registry of mask functions: {error}.\nTo install it: {FIX}"
-        ) from error
