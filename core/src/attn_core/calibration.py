@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bias import AttnBias, Causal, Neighborhood, Segments, Window, as_bias
+from .bias import ALiBi, AttnBias, Causal, Mask, Neighborhood, RelPosTable, Segments, Window, as_bias
 from .cost import Cost
 from .costs_file import Calibration, device_name
 from .door import HEADS_FIRST, examine
@@ -179,7 +179,7 @@ def _timed(call: Callable[[], object], times: int) -> float:
 
 
 #: Constants of a Cost that are solved for.
-CONSTANTS = ("call", "pair_dim", "pair", "token_dim", "token", "mask", "element", "part")
+CONSTANTS = ("call", "pair_dim", "pair", "token_dim", "token", "mask", "element", "part", "added")
 
 
 def fit_cost(kernel: Kernel, measured: Sequence[tuple[Problem, float]], *, threads: int, source: str) -> Cost:
@@ -245,6 +245,8 @@ WRITTEN: dict[str, Callable[[int], AttnBias]] = {
     "Window": lambda seqlen: Window(seqlen // 8, seqlen // 8),
     "Neighborhood": lambda seqlen: Neighborhood((isqrt(seqlen), isqrt(seqlen)), kernel_size=3),
     "Segments": lambda seqlen: Segments([seqlen // 4] * 4),
+    "ALiBi": lambda seqlen: ALiBi(4),
+    "RelPosTable": lambda seqlen: RelPosTable(torch.zeros(1, 31), seqlen),
 }
 LENGTHS_WRITTEN = (16, 64, 144, 400, 784, 1296, 2304)
 
@@ -265,15 +267,19 @@ def rate_calls() -> list[Callable[[], object]]:
 def fit_rates(taken: Sequence[float], *, threads: int, source: str) -> Rates:
     """The rates by the times of `rate_calls`."""
     written: dict[str, Written] = {}
+    masks: list[Written] = []
     times = iter(taken)
     for kind, make in WRITTEN.items():
-        axes = len(getattr(make(LENGTHS_WRITTEN[0]), "axes", (None,)))
-        call, element = _line([(float(seqlen**2 * axes), next(times)) for seqlen in LENGTHS_WRITTEN])
+        bias = make(LENGTHS_WRITTEN[0])
+        axes, heads = len(getattr(bias, "axes", (None,))), bias.batch_and_heads[1]
+        call, element = _line([(float(seqlen**2 * axes * heads), next(times)) for seqlen in LENGTHS_WRITTEN])
         written[kind] = Written(call=_rounded(call / axes), element=element)
-    count = len(written)  # a kind that is not measured is taken for one like these
+        if isinstance(bias, Mask):
+            masks.append(written[kind])
+    count = len(masks)  # a kind that is not measured is taken for one like these
     written["*"] = Written(
-        call=_rounded(sum(rate.call for rate in written.values()) / count),
-        element=_rounded(sum(rate.element for rate in written.values()) / count),
+        call=_rounded(sum(rate.call for rate in masks) / count),
+        element=_rounded(sum(rate.element for rate in masks) / count),
     )
     call, copy = _line([(4.0 * prod(shape), next(times)) for shape in COPIED])
     return Rates(call=call, copy=copy, written=written, threads=threads, source=source)

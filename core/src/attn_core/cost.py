@@ -59,6 +59,7 @@ class Work(NamedTuple):
     pairs: float  #: that it visits, per batch entry and head
     parts: float = 0.0  #: smaller problems that it runs one after the other, of whatever size
     copied: float = 0.0  #: rows of operands, results or gradients that it copies or adds up, per batch entry and head
+    added: float = 0.0  #: numbers that it makes by a rule, to be added to logits; in all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,7 @@ class Cost:
     mask: float = 0.0  #: per pair, where a dense bias is read
     element: float = 0.0  #: per element of a dense bias of another dtype, whatever the heads: converting it
     part: float = 0.0  #: per part, where the kernel's `work` counts parts
+    added: float = 0.0  #: per number that is made to be added to logits, where the kernel's `work` counts these
     backward: float = 2.5  #: a backward costs so many times the forward
     with_backward: Cost | None = None  #: the constants of forward and backward together, in place of such a factor
     threads: int | None = None  #: of the CPU when it was measured; with others, all but `call` and `part` scales
@@ -121,6 +123,7 @@ def quantities(
         "mask": visited if dense_bias else Terms(),
         "element": _elements(problem) if dense_bias else Terms(),
         "part": Terms() if work is None else Terms(call=work.parts),
+        "added": Terms() if work is None else Terms(call=work.added),
     }
 
 

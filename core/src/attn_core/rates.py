@@ -49,7 +49,7 @@ class Rates:
             return Written(
                 call=sum(rate.call for rate in rates), element=sum(rate.element + self.copy for rate in rates)
             )
-        axes = getattr(bias, "axes", None)
+        axes = getattr(bias, "axes", None) or getattr(bias, "extents", None)
         count = len(axes) if isinstance(axes, tuple) else 1
         return Written(call=own.call * count, element=own.element * count)
 
@@ -67,6 +67,8 @@ SHIPPED: Mapping[str, Rates] = {
             "Window": Written(call=5.75e-05, element=2.15e-09),
             "Neighborhood": Written(call=0.000157, element=1.5e-09),
             "Segments": Written(call=0.000142, element=1.49e-09),
+            "ALiBi": Written(call=0.0001, element=3.2e-09),
+            "RelPosTable": Written(call=0.00015, element=9e-09),
             "*": Written(call=0.000101, element=1.45e-09),
         },
         threads=1,

@@ -80,6 +80,7 @@ KERNEL = Kernel(
             token_dim=1.39e-09,
             token=9.9e-08,
             part=4.79e-05,
+            added=8e-09,
             threads=1,
             with_backward=Cost(
                 call=0.00101,
@@ -88,6 +89,7 @@ KERNEL = Kernel(
                 token_dim=7.96e-10,
                 token=3.27e-07,
                 part=5.93e-05,
+                added=5e-09,
                 backward=0.0,
                 threads=1,
             ),

@@ -232,14 +232,14 @@ def _add_keys(run: Run, lanes: Tensor, grad: Tensor) -> None:
 
 def _batches(run: Run, lanes: Lanes, tile_bytes: int, bound: int) -> Iterator[tuple[Run, Lanes]]:
     """The run in parts whose results fit in `bound`; by tiles, and where one tile is too large, by lanes."""
-    for tiles, query_lanes, key_lanes in _cuts(run, lanes, tile_bytes, bound):
+    for tiles, query_lanes, key_lanes in cuts(run, lanes, tile_bytes, bound):
         yield _some_tiles(run, tiles, query_lanes), _some_lanes(lanes, query_lanes, key_lanes)
 
 
 def _batches_with(
     run: Run, lanes: Lanes, grads: Grads, tile_bytes: int, bound: int
 ) -> Iterator[tuple[Run, Lanes, Grads]]:
-    for tiles, query_lanes, key_lanes in _cuts(run, lanes, tile_bytes, bound):
+    for tiles, query_lanes, key_lanes in cuts(run, lanes, tile_bytes, bound):
         part = grads
         if query_lanes is not None:
             part = Grads(*(x[query_lanes] for x in grads[:2]), *(x[key_lanes] for x in grads[2:]))
@@ -249,7 +249,7 @@ def _batches_with(
 Cut = tuple["tuple[int, int] | None", "slice | None", "slice | None"]
 
 
-def _cuts(run: Run, lanes: Lanes, tile_bytes: int, bound: int) -> Iterator[Cut]:
+def cuts(run: Run, lanes: Lanes, tile_bytes: int, bound: int) -> Iterator[Cut]:
     """(range of tiles, slices of query and of key lanes); None where that is all of them."""
     num_lanes, num_key_lanes = lanes.query.shape[0], lanes.key.shape[0]
     group = num_lanes // num_key_lanes

@@ -174,7 +174,7 @@ class Placed:
         """Whether all of several tiles have one block, small enough to be made beforehand."""
         size = tiles.rows * tiles.columns * self.like.element_size() * len(self.entries) * len(self.heads)
         small = size * self.q.shape[0] <= SHARED_BYTES
-        return tiles.count > 1 and small and all(self._same(rule, tiles) for rule in self.added.rules)
+        return tiles.count > 1 and small and all(self.same(rule, tiles) for rule in self.added.rules)
 
     @property
     def like(self) -> Tensor:
@@ -190,21 +190,27 @@ class Placed:
         shape = (*total.shape[:2], tiles.rows, tiles.columns)
         return total if total.shape == shape else total.expand(shape).contiguous()
 
-    def beside(self, tiles: Tiles) -> Beside | None:
-        """What is added, where all keys of each tile lie on one side of its queries' diagonal; else None."""
+    def nearest(self, tiles: Tiles) -> int | None:
+        """The query of a tile that is next to its keys, where these lie on one side of the diagonal of all; else
+        None."""
         diagonal = self.added.diagonal
         if diagonal is None or not self.in_row or (tiles.count > 1 and tiles.q_step != tiles.k_step):
             return None
-        q, k = self.q[0, tiles.q0 : tiles.q0 + tiles.rows], self.k[0, tiles.k0 : tiles.k0 + tiles.columns]
-        if tiles.k0 + tiles.columns - 1 <= tiles.q0 + diagonal:
-            nearest = q[:1]
-        elif tiles.k0 >= tiles.q0 + tiles.rows - 1 + diagonal:
-            nearest = q[-1:]
-        else:
+        first, last = tiles.q0, tiles.q0 + tiles.rows - 1
+        if tiles.k0 + tiles.columns - 1 <= first + diagonal:
+            return first
+        return last if tiles.k0 >= last + diagonal else None
+
+    def beside(self, tiles: Tiles) -> Beside | None:
+        """What is added, where all keys of each tile lie on one side of its queries' diagonal; else None."""
+        place, diagonal = self.nearest(tiles), self.added.diagonal
+        if place is None or diagonal is None:
             return None
+        q, k = self.q[0, tiles.q0 : tiles.q0 + tiles.rows], self.k[0, tiles.k0 : tiles.k0 + tiles.columns]
+        nearest = self.q[0, place : place + 1]
         by_key = by_query = torch.zeros((), dtype=self.like.dtype, device=self.like.device)
         for rule in self.added.rules:
-            wanted = self._wanted(rule, one_strip=True)
+            wanted = self.wanted(rule, one_strip=True)
             b, h = wanted.b[:, None], wanted.h[:, None]
             to_key = rule.added(b, h, nearest, k, self.like.dtype)
             to_query = rule.added(b, h, q, nearest + diagonal, self.like.dtype)
@@ -213,10 +219,10 @@ class Placed:
             by_key, by_query = by_key + to_key, by_query + to_query
         return Beside(by_key[None, :, None], by_query[None, ..., None])
 
-    def _same(self, rule: Score, tiles: Tiles) -> bool:
+    def same(self, rule: Score, tiles: Tiles) -> bool:
         """Whether what `rule` adds is the same in all tiles and strips."""
         if self.extents is None:
-            return _is_line(rule) and tiles.q_step == tiles.k_step
+            return is_line(rule) and tiles.q_step == tiles.k_step
         if type(rule) is not RelPosTable or rule.extents != self.extents:
             return False
         steps = torch.arange(tiles.count, device=self.q.device)
@@ -229,11 +235,11 @@ class Placed:
         return True
 
     def _block(self, rule: Score, tiles: Tiles) -> Tensor:
-        same = self._same(rule, tiles)
-        wanted = self._wanted(rule, one_strip=same)
+        same = self.same(rule, tiles)
+        wanted = self.wanted(rule, one_strip=same)
         steps = torch.arange(1 if same else tiles.count, device=self.q.device)[:, None]
         rows, columns = (torch.arange(n, device=self.q.device) for n in (tiles.rows, tiles.columns))
-        line = self.extents is None and _is_line(rule)
+        line = self.extents is None and is_line(rule)
         if line:  # from the last query with the first key, over the first with it, to the first with the last key
             along = torch.arange(tiles.rows + tiles.columns - 1, device=self.q.device) - (tiles.rows - 1)
             rows, columns = (-along).clamp(min=0), along.clamp(min=0)
@@ -250,7 +256,7 @@ class Placed:
             block = block.index_select(1, wanted.inverse)
         return block
 
-    def _wanted(self, rule: Score, one_strip: bool) -> Wanted:
+    def wanted(self, rule: Score, one_strip: bool) -> Wanted:
         """The lanes in which a rule is asked: one for each batch entry and head that it tells apart."""
         batches, heads = rule.batch_and_heads
         strips = 1 if one_strip else self.q.shape[0]
@@ -265,6 +271,6 @@ class Placed:
         return Wanted(codes // (heads * batches), codes // heads % batches, codes % heads, apart)
 
 
-def _is_line(rule: Score) -> bool:
+def is_line(rule: Score) -> bool:
     """Whether it depends on the key's place less the query's alone, beside batch entry and head."""
     return type(rule) is ALiBi or (type(rule) is RelPosTable and len(rule.extents) == 1)

@@ -27,25 +27,25 @@ class Sequence:
 
     def forward(self, operands: Operands) -> None:
         """Fills in `out` and `lse` of `[batch, heads, seqlen, dim]` operands."""
-        for entries, lanes in self._lanes(operands[:5]):
-            runs.forward(self.runs, Lanes._make((*lanes, operands.scale, self._scores(operands, entries))))
+        for entries, lanes in self.lanes(operands[:5]):
+            runs.forward(self.runs, Lanes._make((*lanes, operands.scale, self.scores_of(operands, entries))))
 
     def backward(self, operands: Operands, grads: Grads) -> None:
         """Adds to the gradients."""
-        for entries, lanes in self._lanes((*operands[:5], *grads)):
-            scores = self._scores(operands, entries)
+        for entries, lanes in self.lanes((*operands[:5], *grads)):
+            scores = self.scores_of(operands, entries)
             runs.backward(self.runs, Lanes._make((*lanes[:5], operands.scale, scores)), Grads._make(lanes[5:]))
 
     def tables(self) -> int:
         return sum(run.mask.nbytes for run in self.runs if isinstance(run.mask, Tensor))
 
-    def _scores(self, operands: Operands, entries: range) -> Placed | None:
+    def scores_of(self, operands: Operands, entries: range) -> Placed | None:
         if operands.scores is None:
             return None
         seqlen_q, seqlen_kv = operands.query.shape[2], operands.key.shape[2]
         return operands.scores.on_sequence(seqlen_q, seqlen_kv, self.start, self.step, entries)
 
-    def _lanes(self, tensors: tuple[Tensor, ...]) -> Iterator[tuple[range, tuple[Tensor, ...]]]:
+    def lanes(self, tensors: tuple[Tensor, ...]) -> Iterator[tuple[range, tuple[Tensor, ...]]]:
         """(batch entries, `[lanes, seqlen, dim]` views): one for all where their heads lie at even distances."""
         batch = tensors[0].shape[0]
         if self.step != 1:

@@ -43,7 +43,7 @@ class Strips:
 
     def forward(self, operands: Operands) -> None:
         """Fills in `out` and `lse` of `[batch, heads, seqlen, dim]` operands."""
-        for query_places, key_places, heads, part in self._cuts(operands):
+        for query_places, key_places, heads, part in self.cuts(operands):
             query, key, value, out, lse = part
             strips = _strips(query, query_places)
             lanes = Lanes(
@@ -53,7 +53,7 @@ class Strips:
                 _lanes(torch.empty_like(strips, dtype=out.dtype, memory_format=torch.contiguous_format)),
                 torch.empty(_lanes_shape(strips)[:2], dtype=lse.dtype, device=lse.device),
                 operands.scale,
-                self._scores(operands, query_places, key_places, heads),
+                self.scores_of(operands, query_places, key_places, heads),
             )
             runs.forward(self.runs, lanes)
             _strips(out, query_places).copy_(lanes.out.view(strips.shape))
@@ -62,7 +62,7 @@ class Strips:
 
     def backward(self, operands: Operands, grads: Grads) -> None:
         """Adds to the gradients."""
-        for query_places, key_places, heads, part in self._cuts(operands, grads):
+        for query_places, key_places, heads, part in self.cuts(operands, grads):
             query, key, value, out, lse, grad_out, grad_query, grad_key, grad_value = part
             queries, keys = ([_strips(x, query_places) for x in (query, out, lse, grad_out)], _strips(key, key_places))
             lanes = Lanes(
@@ -72,7 +72,7 @@ class Strips:
                 _lanes(queries[1]),
                 _lanes(queries[2]).squeeze(-1),
                 operands.scale,
-                self._scores(operands, query_places, key_places, heads),
+                self.scores_of(operands, query_places, key_places, heads),
             )
             wide = grad_query.dtype
             given = Grads(
@@ -89,14 +89,16 @@ class Strips:
     def tables(self) -> int:
         return sum(run.mask.nbytes for run in self.runs if isinstance(run.mask, Tensor))
 
-    def _scores(self, operands: Operands, q: list[Place], k: list[Place], heads: tuple[range, range]) -> Placed | None:
+    def scores_of(
+        self, operands: Operands, q: list[Place], k: list[Place], heads: tuple[range, range]
+    ) -> Placed | None:
         if operands.scores is None:
             return None
         tokens = self._grid(torch.arange(operands.query.shape[2], device=operands.query.device)[None, None, :, None])
         q_tokens, k_tokens = (_lanes(_strips(tokens, places)).squeeze(-1) for places in (q, k))
         return operands.scores.on_grid(q_tokens, k_tokens, self.extents, *heads)
 
-    def _cuts(
+    def cuts(
         self, operands: Operands, grads: Grads | None = None
     ) -> Iterator[tuple[list[Place], list[Place], tuple[range, range], list[Tensor]]]:
         """Places of queries and of keys, batch entries and heads, and the grids of these: so many strips at a time as

@@ -17,17 +17,14 @@ from .blocks import ROWS
 from .cut import WIDE, tiling_of, whole
 from .runs import BACKWARD_BYTES, FORWARD_BYTES, Run
 from .strips import Strips
+from .work_with_scores import BACKWARD_PAIR, COPIES, work_with_scores
 
 _modes_of_dispatch = torch._C._len_torch_dispatch_stack
 
-#: What a pair takes in the backward, as a multiple of one in the forward.
-BACKWARD_PAIR = 3.0
 #: What a pair takes where its mask is evaluated in the call, as a multiple of one whose mask was made before.
 EVALUATED = 1.35
 #: What cutting a block of queries in the call, and running it, takes in parts.
 BLOCK = 2.0
-#: What the calls that copy the operands into strips and back take, in parts.
-COPIES = 4.0
 
 
 def work(problem: Problem) -> Work | None:
@@ -35,8 +32,9 @@ def work(problem: Problem) -> Work | None:
     mask = problem.bias
     if problem.device != "cpu" or _modes_of_dispatch():
         return None
-    if mask is not None and not isinstance(mask, Mask):
-        return None
+    if mask is not None and mask.scores:
+        return work_with_scores(problem)
+    assert mask is None or isinstance(mask, Mask)
     if mask is not None and mask.holds_data:
         return _at_the_call(problem, mask) if _was_padded(mask) else None
     once = _of(problem, mask, backward=False)
