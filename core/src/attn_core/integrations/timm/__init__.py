@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..reported import Report, ReportRow
 from .layers import CLASSES, attn_layer, layer
-from .report import Report, ReportRow, report
+from .reporting import report
 from .switch import disable, enable, is_enabled
 
 #: Versions of timm that the tests run.

@@ -13,18 +13,17 @@ from torch import Tensor
 
 from ...bias import Causal
 from ...by_methods import with_causal
-from ...dispatch import PLAIN, SDPA, SDPA_GQA, call
-from ...errors import KernelRefusedError
+from ...dispatch import SDPA, SDPA_GQA, call
+from ...errors import IntegrationWarning, KernelRefusedError
 from ...explain import explain
 from ...scope import Scope, Settings, current, prefer
 from ...select import matches
 from ...trace import traced
-from ...tracing import constant
+from ..torch.redirection import say_not_exported, say_stock, stays_stock
 
 _TOP_LEFT = Causal("top-left")
 _is_tracing = torch.compiler.is_dynamo_compiling
 _is_exporting = torch.compiler.is_exporting
-_is_jit_tracing = torch._C._is_tracing
 _frame = sys._getframe
 
 
@@ -59,7 +58,6 @@ options = Options()
 _preference: Preference | None = None
 #: Kinds of calls, by the place that they come from, of which it is known whether a preferred kernel takes them.
 _looked_at: set[Any] = set()
-_said: set[str] = set()
 
 
 def use(new: Options) -> None:
@@ -68,7 +66,6 @@ def use(new: Options) -> None:
     _preference = Preference(new) if new.prefer or new.strict else None
     options = new
     _looked_at.clear()
-    _said.clear()
 
 
 def from_timm(
@@ -83,20 +80,17 @@ def from_timm(
     enable_gqa: bool = False,
 ) -> Tensor:
     """torch's scaled_dot_product_attention, with its signature, by attn, with what `enable` was told to prefer."""
-    if _is_tracing():
-        if _is_exporting():
-            say_exported()
-            return _torchs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        bias: Any = _bias_of(attn_mask, is_causal, query)
-        door = SDPA_GQA if enable_gqa else SDPA
-        if options.prefer:
-            with prefer(*options.prefer, strict=options.strict):
-                return traced(door, query, key, value, bias, scale, None, dropout_p, False, None)  # type: ignore[no-any-return]
-        return traced(door, query, key, value, bias, scale, None, dropout_p, False, None)  # type: ignore[no-any-return]
-    if stock_only() or _is_proxy(query):
-        return _torchs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if is_recorded(query):
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     bias = _bias_of(attn_mask, is_causal, query)
     door = SDPA_GQA if enable_gqa else SDPA
+    if _is_tracing():
+        if not options.prefer:
+            return traced(door, query, key, value, bias, scale, None, dropout_p, False, None)  # type: ignore[no-any-return]
+        with prefer(*options.prefer, strict=options.strict):
+            return traced(door, query, key, value, bias, scale, None, dropout_p, False, None)  # type: ignore[no-any-return]
     preference = _preference
     if preference is None:
         return call(door, query, key, value, bias, scale, None, dropout_p, False, None)  # type: ignore[no-any-return]
@@ -122,68 +116,32 @@ def always(
     enable_gqa: bool = False,
 ) -> Tensor:
     """The same for modules that were made for attn: without what `enable` was told."""
-    if _is_tracing():
-        if _is_exporting():
-            say_exported()
-            return _torchs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    elif stock_only() or _is_proxy(query):
-        return _torchs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if is_recorded(query):
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     bias = _bias_of(attn_mask, is_causal, query)
     door = SDPA_GQA if enable_gqa else SDPA
     run = traced if _is_tracing() else call
     return run(door, query, key, value, bias, scale, None, dropout_p, False, None)  # type: ignore[no-any-return]
 
 
-def _is_proxy(query: object) -> bool:
-    """Whether torch.fx traces: then torch's function, which a graph of it can hold, is what is called."""
-    return type(query) not in PLAIN and isinstance(query, torch.fx.Proxy)
-
-
-def stock_only() -> bool:
-    """Whether what runs is being exported or traced into TorchScript, where torch's own attention has to be kept."""
-    if _is_exporting():
-        say_exported()
-        return True
-    if not _is_tracing() and _is_jit_tracing():
-        _say("torch.jit.trace", "the traced module")
-        return True
-    return False
-
-
-@constant
-def say_exported() -> None:
-    """Says so once; also where a graph is traced, which has no place for a warning."""
-    _say("torch.export", "the exported program")
-
-
-def _say(what: str, result: str) -> None:
-    if what not in _said:
-        _said.add(what)
-        warnings.warn(
-            f"timm: attn is off under {what}: {result} keeps torch's own attention, so that it runs without attn",
-            stacklevel=4,
-        )
+def is_recorded(*operands: object) -> bool:
+    """Whether what runs is recorded for a program that will run without attn; says so, once per process."""
+    if _is_tracing():
+        if _is_exporting():
+            say_not_exported()
+        return _is_exporting()
+    recorder = stays_stock(*operands)
+    if recorder is not None:
+        say_stock(recorder)
+    return recorder is not None
 
 
 def _bias_of(attn_mask: Any, is_causal: bool, query: Tensor) -> Any:
     if not is_causal:
         return attn_mask
     return _TOP_LEFT if attn_mask is None else with_causal(attn_mask, query)
-
-
-def _torchs(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> Tensor:
-    return torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
 
 
 def _look_at(
@@ -226,6 +184,7 @@ def _look_at(
     ]
     warnings.warn(
         "\n".join([f"{caller(frame)}: {found.chosen} runs, for no preferred kernel takes its call", *lines]),
+        IntegrationWarning,
         stacklevel=4,
     )
 

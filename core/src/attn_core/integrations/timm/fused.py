@@ -37,7 +37,7 @@ def learn(layers: Any, sites: Iterable[Site]) -> None:
 @torch.jit.unused  # scripting compiles properties, but for these
 def fused(module: Any) -> bool:
     """What a redirected method reads in the place of `self.fused_attn`."""
-    return bool(module.fused_attn or (reason_against(module) is None and not calls.stock_only()))
+    return bool(module.fused_attn or (reason_against(module) is None and not calls.is_recorded()))
 
 
 def reason_against(module: nn.Module) -> str | None:

@@ -8,6 +8,7 @@ import warnings
 
 import torch
 
+from ...errors import IntegrationWarning
 from ..missing import need
 from . import calls, fused
 from .layers import FIX
@@ -56,7 +57,11 @@ def disable() -> None:
             if site.function.__code__ is site.redirected:
                 site.function.__code__ = site.stock
             else:
-                warnings.warn(f"timm: {site.name} was changed by somebody else meanwhile; left as it is", stacklevel=2)
+                warnings.warn(
+                    f"timm: {site.name} was changed by somebody else meanwhile; left as it is",
+                    IntegrationWarning,
+                    stacklevel=2,
+                )
         if _redirected:
             _redirected.clear()
             calls.use(calls.Options())
