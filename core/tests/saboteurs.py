@@ -10,7 +10,20 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from attn_core import ANY_DIM, Backward, Capabilities, Causal, Kernel, KeyPadding, Refusal, TensorBias, Window
+from attn_core import (
+    ANY_DIM,
+    Backward,
+    BlockMask,
+    Capabilities,
+    Causal,
+    Kernel,
+    KeyPadding,
+    Paged,
+    PrefixLM,
+    Refusal,
+    TensorBias,
+    Window,
+)
 from torch import Tensor
 
 MASKED = float("-inf")
@@ -29,7 +42,10 @@ def attend(query, key, value, *, bias=None, scale, softcap=None, dropout_p=0.0, 
         scale = scale or head_dim**-0.5
     if wrong == "strides mistaken":
         key = key.as_strided(key.shape, torch.empty(key.shape, device="meta").stride())
-    if bias is not None and wrong != "padding read":
+    if bias is not None and bias.paged is not None:
+        key, value, bias = _in_a_row(key, value, bias, wrong)
+        seqlen_kv = key.shape[1]
+    if bias is not None and wrong not in ("padding read", "tails of pages read"):
         valid = bias.valid_keys(key.device)
         if valid is not None:
             key, value = (torch.where(valid[:, :, None, None], x, 0) for x in (key, value))
@@ -79,6 +95,22 @@ def attend(query, key, value, *, bias=None, scale, softcap=None, dropout_p=0.0, 
     return out, torch.where(empty.squeeze(-1), of_empty, lse)
 
 
+def _in_a_row(key: Tensor, value: Tensor, bias: Paged, wrong: str) -> tuple[Tensor, Tensor, object]:
+    """What the pages hold, each sequence in a row."""
+    pages = bias
+    if wrong == "page table not read":
+        in_order = torch.arange(bias.page_table.numel()).reshape(bias.page_table.shape) % key.shape[0]
+        pages = Paged(in_order, bias.seqlens_kv, bias.page_size).bind(*bias.lengths)
+    if wrong == "pages of one size only" and bias.page_size > 64:
+        pages = Paged(bias.page_table[:, :1].repeat(1, bias.page_table.shape[1]), bias.seqlens_kv, bias.page_size)
+        pages = pages.bind(*bias.lengths)
+    gathered = bias.gathered()
+    if wrong == "lengths of pages, not of sequences":
+        whole = -(-bias.seqlens_kv // bias.page_size) * bias.page_size
+        gathered = bias.with_held({"seqlens_kv": whole}).gathered()
+    return (*pages.gather(key, value), gathered)
+
+
 def _biased(logits: Tensor, bias: object, wrong: str) -> Tensor:
     if bias is None:
         return logits
@@ -90,6 +122,10 @@ def _biased(logits: Tensor, bias: object, wrong: str) -> Tensor:
             bias = replace(bias, left=bias.left - 1)
         if wrong == "window one key more on the right" and bias.right is not None:
             bias = replace(bias, right=bias.right + 1)
+    if wrong == "prefix not seen" and isinstance(bias, PrefixLM):
+        bias = Causal(bias.corner).bind(*bias.lengths)
+    if wrong == "within asked in full blocks" and isinstance(bias, BlockMask) and bias.full is not None:
+        bias = BlockMask(bias.blocks, bias.block_size, within=bias.within, lengths=bias.lengths)
     dense = bias.materialize(logits.device)  # type: ignore[attr-defined]
     if wrong == "bias transposed" and dense.shape[-1] == dense.shape[-2] and isinstance(bias, TensorBias):
         dense = dense.mT
@@ -117,6 +153,17 @@ CLAIMS = Capabilities(
     strided_head_dim=True,
 )
 GOOD = Kernel(name="good/attend", run=attend, capabilities=CLAIMS)
+#: Of kinds that few kernels take, and of one dtype and size, since these are not what it is about.
+RARE = replace(
+    CLAIMS,
+    dtypes={torch.float32},
+    head_dims={16},
+    head_dims_v=None,
+    biases={Paged, PrefixLM, BlockMask},
+    dropout=False,
+    strided_head_dim=False,
+)
+GOOD_RARE = Kernel(name="good/rare", run=attend, capabilities=RARE)
 
 
 def _refuse_everything(problem):
@@ -175,6 +222,17 @@ SABOTEURS = {
         "not deterministic": "repeats_itself",
         "padding read": "never_reads_padding",
         "strides mistaken": "reads_only_its_operands",
+    }.items()
+}
+SABOTEURS |= {
+    name: Saboteur(replace(_wrong(name), capabilities=RARE), check)
+    for name, check in {
+        "page table not read": "agrees",
+        "pages of one size only": "agrees",
+        "lengths of pages, not of sequences": "agrees",
+        "tails of pages read": "never_reads_padding",
+        "prefix not seen": "agrees",
+        "within asked in full blocks": "agrees",
     }.items()
 }
 SABOTEURS |= {

@@ -51,6 +51,17 @@ def test_a_right_kernel_passes_every_check(of_the_good):
     assert passed >= {saboteur.caught_by for saboteur in saboteurs.SABOTEURS.values()} - undeclared
 
 
+def test_a_right_kernel_that_reads_pages_prefixes_and_blocks_passes_every_check():
+    results = check_kernel(saboteurs.GOOD_RARE)
+    assert all(results), told(results)
+    proven = {result.proves for result in results if result.status == "passed"}
+    assert proven >= {"biases: Paged", "biases: PrefixLM", "biases: BlockMask"}
+    in_pages = {result.case for result in results if result.check == "agrees" and "Paged" in result.case}
+    assert {size for size in (1, 16, 64, 128, 256) if any(f"pages of {size}>" in case for case in in_pages)} == {
+        *(1, 16, 64, 128, 256)
+    }
+
+
 @pytest.mark.parametrize("name", saboteurs.SABOTEURS)
 def test_a_saboteur_is_caught_by_the_check_for_it(name):
     saboteur = saboteurs.SABOTEURS[name]

@@ -15,12 +15,15 @@ import torch
 from ..bias import (
     ALiBi,
     AttnBias,
+    BlockMask,
     Cached,
     Causal,
     Intersection,
     KeyPadding,
     Mask,
     Neighborhood,
+    Paged,
+    PrefixLM,
     RelPosTable,
     Score,
     Segments,
@@ -45,6 +48,9 @@ BATCH, HEADS, SEQLEN, SEQLEN_KV = 2, 6, 33, 47
 SEQLEN_LONG = 165
 #: (seqlen_q, seqlen_kv) on which each bias is tried.
 LENGTHS = ((SEQLEN, SEQLEN), (SEQLEN, SEQLEN_KV), (SEQLEN_KV, SEQLEN), (SEQLEN_LONG, SEQLEN_LONG))
+#: Those for Paged: seqlen_kv is whole pages, of sizes that kernels have.
+LENGTHS_PAGED = ((SEQLEN, 64), (1, 512))
+PAGE_SIZES = (1, 16, 64, 128, 256)
 #: One more than fits the 16 bits that a grid of blocks has on its second and third axis.
 MANY_ROWS = (1 << 16) + 1
 
@@ -191,7 +197,7 @@ def _biases(capabilities: Capabilities, base: Problem) -> Iterator[Case]:
     trains = isinstance(capabilities.backward, Backward) and capabilities.backward.bias_grad
     for declared in sorted(capabilities.biases, key=str):
         name = declared.__name__ if isinstance(declared, type) else repr(declared)
-        for seqlen_q, seqlen_kv in LENGTHS:
+        for seqlen_q, seqlen_kv in _lengths_for(declared):
             problem = replace(base, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv)
             for bias in examples(declared, problem, trains):
                 bound = bias.bind(seqlen_q, seqlen_kv).normalize()
@@ -202,12 +208,21 @@ def _biases(capabilities: Capabilities, base: Problem) -> Iterator[Case]:
                     proves=f"biases: {name}",
                     problem=replace(problem, bias=bound.without_data()),
                     empty_rows=True,
-                    bias=None if bound.holds_data else bound,
+                    bias=_given(bound),
                 )
 
 
+def _lengths_for(declared: BiasKind) -> tuple[tuple[int, int], ...]:
+    return LENGTHS_PAGED if declared is Paged else LENGTHS
+
+
+def _given(bias: AttnBias) -> AttnBias | None:
+    """The bias itself where it has its numbers; None where they are to be drawn."""
+    return None if any(tensor.is_meta for tensor in bias.held().values()) else bias
+
+
 def examples(declared: BiasKind, problem: Problem, trains: bool) -> Iterator[AttnBias]:
-    """Biases of a declared kind that are legal at these lengths, unbound; tensors are on the meta device, to be filled.
+    """Biases of a declared kind that are legal at these lengths, unbound; tensors on the meta device are to be filled.
 
     A kind of a stranger's own is exercised by what its class method `examples(problem)` yields, where it has one.
     """
@@ -226,6 +241,11 @@ def examples(declared: BiasKind, problem: Problem, trains: bool) -> Iterator[Att
         for corner in corners:
             for left, right in ((5, 0), (0, 5), (3, 2), (0, 0), (None, 4), (64, 64)):
                 yield Window(left, right, corner)  # type: ignore[arg-type]
+    if declared in (PrefixLM, Mask, AttnBias):
+        yield PrefixLM(7, "top-left")
+        yield PrefixLM(torch.arange(problem.batch) * 9, "bottom-right")
+    if declared in (BlockMask, Mask, AttnBias):
+        yield from _blocks(problem)
     if declared in (Neighborhood, Mask, AttnBias) and equal:
         yield Neighborhood(seqlen_q, kernel_size=7)
         yield Neighborhood(seqlen_q, kernel_size=3, dilation=5)
@@ -246,6 +266,8 @@ def examples(declared: BiasKind, problem: Problem, trains: bool) -> Iterator[Att
     if declared is Cached:
         for within in (None, Causal("bottom-right"), Window(5, 1, "bottom-right"), Causal("top-left")):
             yield Cached(torch.empty(problem.batch, dtype=torch.int32, device="meta"), within=within)
+    if declared is Paged:
+        yield from _pages(problem)
     if declared is TensorBias:
         yield from _tensors(problem, trains)
     if declared in (ALiBi, Score, AttnBias):
@@ -256,6 +278,31 @@ def examples(declared: BiasKind, problem: Problem, trains: bool) -> Iterator[Att
     if declared is Sum:
         yield Causal("top-left") + ALiBi(heads, corner="top-left")
         yield Window(6, 2, "bottom-right") + TensorBias(torch.empty(seqlen_q, seqlen_kv, device="meta"))
+
+
+def _blocks(problem: Problem) -> Iterator[BlockMask]:
+    """Blocks that no tile is made of; the first row of them is masked, so that queries see nothing."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*sizes: int) -> torch.Tensor:
+        of_q, of_kv = (-(-seqlen // size) for seqlen, size in zip((problem.seqlen_q, problem.seqlen_kv), sizes[-2:]))
+        blocks = torch.rand(*sizes[:-2], of_q, of_kv, generator=generator) > 0.4
+        blocks[..., 0, :] = False
+        return blocks
+
+    yield BlockMask(drawn(16, 16), 16)
+    blocks, full = drawn(problem.batch, problem.num_heads, 12, 20), drawn(problem.batch, 1, 12, 20)
+    yield BlockMask(blocks, (12, 20), full=full, within=Causal("bottom-right"))
+
+
+def _pages(problem: Problem) -> Iterator[Paged]:
+    withins = (None, Causal("bottom-right"), Window(5, 1, "bottom-right"), Causal("top-left"))
+    sizes = [size for size in PAGE_SIZES if problem.seqlen_kv % size == 0]
+    for i, size in enumerate(sizes):
+        for within in withins if size == 16 else (withins[i % 2],):
+            table = torch.empty(problem.batch, problem.seqlen_kv // size, dtype=torch.int32, device="meta")
+            seqlens = torch.empty(problem.batch, dtype=torch.int32, device="meta")
+            yield Paged(table, seqlens, size, within=within)
 
 
 def _tensors(problem: Problem, trains: bool) -> Iterator[TensorBias]:
@@ -277,30 +324,27 @@ def _options(capabilities: Capabilities, base: Problem) -> Iterator[Case]:
         for softcap in (0.5, 30.0):
             problem = replace(base, softcap=softcap)
             yield Case(label=f"softcap {softcap:g}", proves="softcap", problem=problem, magnitude=3.0)
-            for bias in _one_bias_each(capabilities, problem):
-                both = replace(problem, bias=bias)
+            for both, bias in _one_bias_each(capabilities, problem):
                 label = f"softcap {softcap:g}, {bias!r}"
-                yield Case(label=label, proves="softcap", problem=both, magnitude=3.0, bias=_plain(bias))
+                yield Case(label=label, proves="softcap", problem=both, magnitude=3.0, bias=_given(bias))
     if capabilities.return_lse:
         problem = replace(base, return_lse=True)
         yield Case(label="lse", proves="return_lse", problem=problem)
         yield Case(label="lse of large logits", proves="return_lse", problem=problem, magnitude=8.0)
-        for bias in _one_bias_each(capabilities, problem):
-            both = replace(problem, bias=bias)
-            yield Case(label=f"lse, {bias!r}", proves="return_lse", problem=both, empty_rows=True, bias=_plain(bias))
-    for bias in _one_bias_each(capabilities, base):
+        for both, bias in _one_bias_each(capabilities, problem):
+            yield Case(label=f"lse, {bias!r}", proves="return_lse", problem=both, empty_rows=True, bias=_given(bias))
+    for both, bias in _one_bias_each(capabilities, base):
         for scale in (0.0, -0.2):  # a mask that is added before the scale is none
-            problem = replace(base, bias=bias, scale=scale)
-            yield Case(label=f"scale {scale:g}, {bias!r}", problem=problem, bias=_plain(bias))
+            yield Case(label=f"scale {scale:g}, {bias!r}", problem=replace(both, scale=scale), bias=_given(bias))
     if capabilities.strided_head_dim:
         yield Case(label="strided", proves="strided_head_dim", problem=replace(base, strided_head_dim=True))
 
 
-def _one_bias_each(capabilities: Capabilities, problem: Problem) -> Iterator[AttnBias]:
+def _one_bias_each(capabilities: Capabilities, problem: Problem) -> Iterator[tuple[Problem, AttnBias]]:
+    """The problem with each of the first biases of every declared kind, and that bias."""
     for declared in sorted(capabilities.biases, key=str):
-        bound = [bias.bind(SEQLEN, SEQLEN).normalize() for bias in examples(declared, problem, False)]
-        yield from [bias.without_data() for bias in bound if bias is not None][:2]
-
-
-def _plain(bias: AttnBias) -> AttnBias | None:
-    return None if bias.holds_data else bias
+        lengths = next(iter(_lengths_for(declared)))
+        there = replace(problem, seqlen_q=lengths[0], seqlen_kv=lengths[1])
+        bound = [bias.bind(*lengths).normalize() for bias in examples(declared, there, False)]
+        for bias in [bias for bias in bound if bias is not None][:2]:
+            yield replace(there, bias=bias.without_data()), bias

@@ -105,6 +105,9 @@ def verdicts(kernel: Kernel, device: str, results: list[CheckResult]) -> dict[st
     subject = Subject(kernel, device)
     for claim in {case.proves for case in subject.claimed if case.proves}:
         verdicts[claim] = _verdict([result for result in results if result.proves == claim])
+    for declared in subject.declared.biases:  # one of which no example is known makes no problem
+        name = declared.__name__ if isinstance(declared, type) else repr(declared)
+        verdicts.setdefault(f"biases: {name}", "not testable here")
     for name in _declared(subject):
         if name not in verdicts:
             checks = {check.name for check in CHECKS.values() if name in check.fields and check.group != "honesty"}

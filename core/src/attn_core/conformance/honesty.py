@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..bias import AttnBias, Causal, KeyPadding, TensorBias, Window
+from ..bias import AttnBias, Causal, KeyPadding, Paged, PrefixLM, TensorBias, Window
 from ..capabilities import ANY_DIM, Backward, Capabilities, Refusal, covers
 from ..errors import KernelRefusedError
 from ..problem import Problem
@@ -68,7 +68,7 @@ def undeclared(subject: Subject) -> Iterator[tuple[str, Problem]]:
         for name in ("batch", "seqlen_q", "seqlen_kv"):
             yield "empty_lengths", changed(base, name, 0)
     yield from _undeclared_backward(subject)
-    yield from _other_devices(declared, base)
+    yield from _other_devices(subject)
 
 
 def _undeclared_backward(subject: Subject) -> Iterator[tuple[str, Problem]]:
@@ -97,9 +97,11 @@ def _undeclared_backward(subject: Subject) -> Iterator[tuple[str, Problem]]:
         yield "backward.deterministic", replace(trained, deterministic=True)
 
 
-def _other_devices(declared: Capabilities, base: Problem) -> Iterator[tuple[str, Problem]]:
+def _other_devices(subject: Subject) -> Iterator[tuple[str, Problem]]:
+    declared, base = subject.declared, subject.base
+    anywhere = {device for capabilities in subject.kernel.declarations for device in capabilities.devices}
     for device in ("cpu", "cuda", "mps", "a_device_of_tomorrow"):
-        if device not in declared.devices and "*" not in declared.devices:
+        if device not in anywhere and "*" not in anywhere:
             yield "device", replace(base, device=device, compute_capability=None)
     low, high = declared.min_compute_capability, declared.max_compute_capability
     if base.is_cuda and low is not None:
@@ -115,8 +117,10 @@ def _neighbours(sizes: Any) -> list[int]:
 
 
 def _biases(base: Problem) -> Iterator[AttnBias]:
-    yield from (Causal("top-left"), Window(3, 2), Window(None, 4))
+    yield from (Causal("top-left"), Window(3, 2), Window(None, 4), PrefixLM(3, "top-left"))
     yield KeyPadding(torch.empty(base.batch, dtype=torch.int64, device="meta"))
+    table = torch.empty(base.batch, 3, dtype=torch.int32, device="meta")
+    yield Paged(table, torch.empty(base.batch, dtype=torch.int32, device="meta"), base.seqlen_kv // 3)
     for dtype in (torch.bool, base.dtype):
         yield TensorBias(torch.empty(base.seqlen_q, base.seqlen_kv, dtype=dtype, device="meta"))
 
