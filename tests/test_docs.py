@@ -98,8 +98,10 @@ def comparable(text):
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_examples_run_and_print_what_the_page_shows_and_tables_are_in_step(page, alone):
     text = text_of(page)
-    if any("integrations" in body for info, body in blocks(text) if info == "python run"):
-        pytest.importorskip("transformers", reason="pip install 'attn-core[demo]'")
+    runs = [body for info, body in blocks(text) if info == "python run"]
+    for library in ("transformers", "timm", "diffusers"):
+        if any(f"integrations import {library}" in body or f"from {library} import" in body for body in runs):
+            pytest.importorskip(library, reason=f"the page uses {library}, which is not installed")
     assert comparable(generate.written(text)) == comparable(text), "python docs/generate.py writes it anew"
 
 

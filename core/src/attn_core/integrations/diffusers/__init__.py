@@ -8,6 +8,7 @@ pipe.transformer.set_attention_backend("attn")      # one that is to choose it: 
 """
 
 from .calls import attention_forward
+from .reporting import report
 from .switch import NAME, TESTED, disable, enable, is_enabled
 
-__all__ = ["NAME", "TESTED", "attention_forward", "disable", "enable", "is_enabled"]
+__all__ = ["NAME", "TESTED", "attention_forward", "disable", "enable", "is_enabled", "report"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...bias import AttnBias, Causal, TensorBias, Window
+from ...bias import AttnBias, Causal, TensorBias, Window, as_bias
 from ...by_methods import with_causal
 from ...dispatch import PLAIN
 from ...errors import InputError
@@ -108,18 +108,19 @@ def attention_forward(
         asked = (attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse, tuple(window_size), softcap)
         return _left_to_diffusers(query, key, value, asked, _parallel_config, SKIPPED if skipped else PARALLEL)
     bias: Any = attn_mask
-    if isinstance(attn_mask, Tensor):
-        bias = TensorBias(_four_dimensional(attn_mask, query, key))
-    if is_causal:
-        if isinstance(attn_mask, Tensor):
+    if attn_mask is not None and isinstance(attn_mask, Tensor):
+        bias = _four_dimensional(attn_mask, query, key)
+        if is_causal:
             raise InputError("is_causal: cannot be True where attn_mask is given; put the causal mask into attn_mask")
+    elif is_causal:
         bias = _TOP_LEFT if attn_mask is None else with_causal(attn_mask, query)
-    if tuple(window_size) != (-1, -1):
+    if window_size != (-1, -1):
         bias = _windowed(window_size, bias)
     if not _agree(query, key, value, enable_gqa):
         if return_lse or softcap:
             raise InputError("return_lse, softcap: not for operands that broadcast, or that are no plain tensors")
         query, key, value = query.permute(0, 2, 1, 3), key.permute(0, 2, 1, 3), value.permute(0, 2, 1, 3)
+        bias = as_bias(bias)  # a tensor of its own is nothing to warn of
         out = scaled_dot_product_attention(query, key, value, bias, dropout_p, scale=scale, enable_gqa=enable_gqa)
         return out.permute(0, 2, 1, 3)
     return attention(  # type: ignore[call-overload]
@@ -143,7 +144,7 @@ def _four_dimensional(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     Raises InputError for three dimensions that are the batch's and could be the heads', or are neither's.
     """
     if mask.ndim == 2 and mask.shape[0] == query.shape[0] and mask.shape[1] == key.shape[1]:
-        return mask[:, None, None, :]
+        return mask.unsqueeze(1).unsqueeze(1)
     if mask.ndim != 3 or mask.shape[0] == 1:
         return mask
     batch, num_heads = query.shape[0], query.shape[2]
@@ -156,22 +157,22 @@ def _four_dimensional(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return mask[:, None]
 
 
-def _windowed(window_size: tuple[int, int], bias: AttnBias | None) -> AttnBias:
+def _windowed(window_size: tuple[int, int], bias: AttnBias | Tensor | None) -> AttnBias:
     """The window as flash-attn means it, and the bias."""
     left, right = (None if limit == -1 else limit for limit in window_size)
     window = Window(left, right, "bottom-right")
-    return window if bias is None else window + bias
+    given = as_bias(bias)
+    return window if given is None else window + given
 
 
 def _agree(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
     """Whether `attention` takes these operands as scaled_dot_product_attention would."""
     if type(query) not in PLAIN or type(key) not in PLAIN or type(value) not in PLAIN:
         return False
-    if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
+    q, k, v = query.shape, key.shape, value.shape
+    if len(q) != 4 or len(k) != 4 or len(v) != 4:
         return True  # it says what is wrong
-    if query.shape[0] != key.shape[0] or key.shape[0] != value.shape[0] or key.shape[2] != value.shape[2]:
-        return False
-    return enable_gqa or query.shape[2] == key.shape[2]
+    return q[0] == k[0] == v[0] and k[2] == v[2] and (enable_gqa or q[2] == k[2])
 
 
 def _skips_scores() -> bool:

@@ -98,6 +98,11 @@ class OwnCalls(importlib.abc.MetaPathFinder):
                 setattr(module, name, by[id(getattr(module, name))])
 
 
+def is_redirected(name: str) -> bool:
+    """Whether the module of diffusers of that name has a stand-in."""
+    return any(type(value) is _StandIn for value in vars(sys.modules[name]).values())
+
+
 def _calls_it(module: ModuleType) -> bool:
     """Whether its text has such a call."""
     source_of = getattr(module.__loader__, "get_source", None)

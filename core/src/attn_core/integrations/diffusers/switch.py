@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Collection
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -45,7 +46,7 @@ class _EveryName(frozenset[str]):
         return True
 
 
-def enable(*, prefer: tuple[str, ...] | str = (), strict: bool = False) -> None:
+def enable(*, prefer: Collection[str] | str = (), strict: bool = False) -> None:
     """Adds the backend "attn" to diffusers, and makes it the active one: that of every model that chose none.
 
     Then `dispatch_attention_fn(…, backend="attn")`, `with attention_backend("attn")`,
