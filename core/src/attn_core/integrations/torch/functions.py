@@ -127,6 +127,10 @@ def _traced(
         return traced(door, query, key, value, bias, scale, None, dropout_p, False, None)
 
 
+# What an error of a call with wrong arguments names.
+_eager.__qualname__ = _traced.__qualname__ = "scaled_dot_product_attention"
+
+
 def _scriptable(options_of: Callable[[], Options | None]) -> Function:
     """What torch.jit.script compiles in its place."""
     if options_of() is not None:
@@ -141,7 +145,6 @@ def _as_scripted(
     attn_mask: Optional[Tensor] = None,  # noqa: UP045  (torch.jit.script reads it)
     dropout_p: float = 0.0,
     is_causal: bool = False,
-    *,
     scale: Optional[float] = None,  # noqa: UP045
     enable_gqa: bool = False,
 ) -> Tensor:

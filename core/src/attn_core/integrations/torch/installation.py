@@ -33,7 +33,7 @@ class Functions:
 
         stock = F.multi_head_attention_forward
         stock_sdpa = F.scaled_dot_product_attention
-        within = ShadowGlobals(vars(F), lambda value: self.sdpa if value is stock_sdpa else value)
+        within = ShadowGlobals(vars(F), lambda value, module: self.sdpa if value is stock_sdpa else value)
         within.refresh()
         self.mha = redirecting_mha(stock, within.rebound(cast(FunctionType, stock)), *self._asks)
 

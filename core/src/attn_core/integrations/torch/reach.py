@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dis
+import functools
 import inspect
 from collections.abc import Iterator
 from types import CodeType, FunctionType
@@ -15,30 +17,42 @@ from .functions import STOCK_SDPA
 
 #: Names of torch that lead to attention, or past it.
 NAMES = frozenset({"scaled_dot_product_attention", "multi_head_attention_forward", "get_fastpath_enabled"})
+#: Steps of a code object that look a global up; what it imports within itself is none.
+LOADS = frozenset({"LOAD_GLOBAL", "LOAD_NAME"})
 
 
-def methods(cls: type[nn.Module]) -> Iterator[tuple[str, FunctionType, bool]]:
-    """(name, function, whether it is the one that an instance calls) of every method, down to nn.Module's."""
+def methods(cls: type[nn.Module]) -> Iterator[tuple[str, Any, bool]]:
+    """(name, what the class has under it, whether it is what an instance finds) of all that can be called, down to
+    nn.Module's own."""
     seen: set[str] = set()
     for base in cls.__mro__:
         if base is nn.Module or base is object:
             continue
         for name, value in vars(base).items():
-            if isinstance(value, FunctionType):
+            if callable(value) or isinstance(value, (staticmethod, classmethod)):
                 yield name, value, name not in seen
         seen.update(vars(base))
 
 
+def function_of(value: Any) -> FunctionType | None:
+    """The function of a method, static and class methods included; None where it is something else."""
+    function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+    return function if isinstance(function, FunctionType) else None
+
+
+def beneath(value: Any) -> FunctionType | None:
+    """The function that an object wraps which is none itself."""
+    try:
+        wrapped = inspect.unwrap(value)
+    except ValueError:  # wraps itself
+        return None
+    return wrapped if isinstance(wrapped, FunctionType) and wrapped is not value else None
+
+
 def calls_super(cls: type[nn.Module], name: str) -> bool:
-    first = next(vars(base)[name] for base in cls.__mro__ if name in vars(base))
-    return isinstance(first, FunctionType) and any("super" in code.co_names for code in _codes(first.__code__))
-
-
-def beneath(function: FunctionType) -> Iterator[FunctionType]:
-    """What `function` wraps."""
-    wrapped = inspect.unwrap(function)
-    if isinstance(wrapped, FunctionType) and wrapped is not function:
-        yield wrapped
+    """Whether what an instance of `cls` finds under `name` may call what its base classes have."""
+    first = function_of(next(vars(base)[name] for base in cls.__mro__ if name in vars(base)))
+    return first is None or any("super" in code.co_names for code in _codes(first.__code__))
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
@@ -48,12 +62,18 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(constant)
 
 
+@functools.lru_cache(4096)
+def _globals_named(code: CodeType) -> frozenset[str]:
+    return frozenset(
+        step.argval for each in _codes(code) for step in dis.get_instructions(each) if step.opname in LOADS
+    )
+
+
 def _held(function: FunctionType) -> Iterator[Any]:
     """The values of the globals and of the outer variables that a function names."""
-    for code in _codes(function.__code__):
-        for name in code.co_names:
-            if name in function.__globals__:
-                yield function.__globals__[name]
+    for name in _globals_named(function.__code__):
+        if name in function.__globals__:
+            yield function.__globals__[name]
     for cell in function.__closure__ or ():
         try:
             yield cell.cell_contents
@@ -95,12 +115,15 @@ def package_of(module: str | None) -> str | None:
     return None if package in ("", "torch", "attn_core") else package
 
 
-def resolves(function: FunctionType) -> bool:
+def resolves(function: FunctionType, seen: set[int]) -> bool:
     """Whether what leads it there is a global or an outer variable, in all that it calls."""
+    if id(function) in seen:
+        return True
+    seen.add(id(function))
     held = list(_held(function))
     if _names(function) and not any(is_attention(each) or _is_of_torch(each) for each in held):
         return False
-    return all(resolves(each) for each in held if is_helper(function, each) and each is not function)
+    return all(resolves(each, seen) for each in held if is_helper(function, each))
 
 
 def _is_of_torch(value: Any) -> bool:

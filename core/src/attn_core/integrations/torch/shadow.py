@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from types import CellType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CellType, FunctionType, ModuleType
 from typing import Any
 
 PREFIX = "attn_core.integrations.torch.shadows"
@@ -26,12 +26,13 @@ def shadow_module(module: ModuleType, changes: Mapping[str, Any]) -> ModuleType:
 
 
 class ShadowGlobals:
-    """A copy of the globals of some functions, in which values named by `changes` are others.
+    """A copy of the globals of some functions, in which some values are others.
 
-    `changes` says for a value what takes its place; it is asked for every global at each `refresh`.
+    `changes(value, module)` says what takes the place of a value that a function of that module names; it is asked for
+    every global at each `refresh`.
     """
 
-    def __init__(self, original: dict[str, Any], changes: Callable[[Any], Any]) -> None:
+    def __init__(self, original: dict[str, Any], changes: Callable[[Any, str | None], Any]) -> None:
         self._original = original
         self._changes = changes
         self.module = ModuleType(f"{PREFIX}.g{id(original):x}_{original.get('__name__', '')}")
@@ -40,7 +41,8 @@ class ShadowGlobals:
 
     def refresh(self) -> None:
         """Takes the originals as they are now."""
-        made = {name: self._changes(value) for name, value in self._original.items()}
+        of = self._original.get("__name__")
+        made = {name: self._changes(value, of) for name, value in self._original.items()}
         self.module.__dict__.update(made, __name__=self.module.__name__, __spec__=None, __loader__=None)
 
     def rebound(self, function: FunctionType) -> FunctionType:
@@ -48,21 +50,23 @@ class ShadowGlobals:
         known = self._rebound.get(id(function))
         if known is not None:
             return known[1]
-        closure = function.__closure__
-        if closure is not None:
-            closure = tuple(self._cell(cell) for cell in closure)
+        cells = [(cell, CellType() if _may_change(cell) else cell) for cell in function.__closure__ or ()]
+        closure = tuple(ours for _, ours in cells) or None
         made = FunctionType(function.__code__, self.module.__dict__, function.__name__, function.__defaults__, closure)
         made.__kwdefaults__ = function.__kwdefaults__
         made.__dict__.update(function.__dict__)
         made.__doc__, made.__qualname__, made.__module__ = function.__doc__, function.__qualname__, function.__module__
         made.__annotations__ = function.__annotations__
         self._rebound[id(function)] = function, made
+        for cell, ours in cells:  # it is known by now: outer variables may lead back to it
+            if ours is not cell:
+                ours.cell_contents = self._changes(cell.cell_contents, function.__module__)
         return made
 
-    def _cell(self, cell: CellType) -> CellType:
-        try:
-            held = cell.cell_contents
-        except ValueError:  # not filled yet
-            return cell
-        changed = self._changes(held)
-        return cell if changed is held else CellType(changed)
+
+def _may_change(cell: CellType) -> bool:
+    """Whether an outer variable is one that is changed; the others are shared with the original function."""
+    try:
+        return isinstance(cell.cell_contents, (ModuleType, FunctionType, BuiltinFunctionType))
+    except ValueError:  # not filled yet
+        return False

@@ -11,7 +11,7 @@ import functools
 import types
 from collections.abc import Callable
 from types import FunctionType, ModuleType, TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import nn
 
 from ...errors import InputError
 from .installation import Functions
-from .reach import beneath, calls_super, is_attention, methods, package_of, reaches, resolves
+from .reach import beneath, calls_super, function_of, is_attention, methods, package_of, reaches, resolves
 from .redirection import Asked, Options
 from .shadow import ShadowGlobals, shadow_module
 
@@ -92,7 +92,7 @@ def swap(model: nn.Module) -> Swap:
     for shadow in list(_shadows.values()):
         shadow.refresh()
     for name, module in model.named_modules():
-        made = swapped_class(type(module))
+        made = _scripted(module) or swapped_class(type(module))
         if made is None:
             continue
         if isinstance(made, str):
@@ -104,6 +104,14 @@ def swap(model: nn.Module) -> Swap:
     if not handle.swapped:
         raise InputError(f"swap: nothing was swapped in {type(model).__name__}: {handle}")
     return handle
+
+
+def _scripted(module: nn.Module) -> str | None:
+    """Why nothing is swapped in a scripted or traced module, where its graph has torch's attention."""
+    if not isinstance(module, torch.jit.ScriptModule) or not hasattr(module, "graph"):
+        return None
+    has_attention = "aten::scaled_dot_product_attention" in str(module.inlined_graph)
+    return "is scripted or traced by torch.jit, which holds torch's own function" if has_attention else None
 
 
 #: class -> the class made of it, why none could be made, or None where it does not call torch's attention.
@@ -124,26 +132,26 @@ def swapped_class(cls: type[nn.Module]) -> type[nn.Module] | str | None:
 
 
 def _make(cls: type[nn.Module]) -> type[nn.Module] | str | None:
-    reaching: dict[str, FunctionType] = {}
-    for name, function, first in methods(cls):
-        if not reaches(function, set()):
-            if any(reaches(each, set()) for each in beneath(function)):
-                return f"{name} calls it beneath a decorator, which a swap does not see through"
-            continue
-        if first:
-            reaching[name] = function
-        elif name in reaching or calls_super(cls, name):
-            return f"{name} of a base class calls it, which {cls.__name__} calls by super()"
+    reaching: dict[str, Any] = {}
+    for name, value, first in methods(cls):
+        function = function_of(value)
+        if function is None:
+            wrapped = beneath(value)
+            if wrapped is not None and reaches(wrapped, set()):
+                return f"{name} calls it beneath a decorator that is no function, which a swap does not see through"
+        elif reaches(function, set()):
+            if first:
+                reaching[name] = value
+            elif calls_super(cls, name):
+                return f"{name} of a base class calls it, which {cls.__name__} calls by super()"
     if not reaching:
         return None
-    if issubclass(cls, torch.jit.ScriptModule):
-        return "is scripted"
     if issubclass(cls, torch.fx.GraphModule):
         return "is a graph of torch.fx, which holds torch's own function"
-    unseen = [name for name, function in reaching.items() if not resolves(function)]
+    unseen = [name for name, value in reaching.items() if not resolves(cast(FunctionType, function_of(value)), set())]
     if unseen:
         return f"{unseen[0]} imports it within itself, or has it from an object, which a swap does not see"
-    namespace: dict[str, Any] = {name: _rebound(function) for name, function in reaching.items()}
+    namespace: dict[str, Any] = {name: _rebound_method(value) for name, value in reaching.items()}
     namespace["__module__"], namespace["__qualname__"] = cls.__module__, cls.__qualname__
     namespace["__doc__"], namespace["__reduce_ex__"] = cls.__doc__, _reduce
     try:
@@ -157,6 +165,11 @@ def _make(cls: type[nn.Module]) -> type[nn.Module] | str | None:
 _shadows: dict[int, ShadowGlobals] = {}
 
 
+def _rebound_method(value: Any) -> Any:
+    rebound: Any = _rebound(cast(FunctionType, function_of(value)))
+    return type(value)(rebound) if isinstance(value, (staticmethod, classmethod)) else rebound
+
+
 def _rebound(function: FunctionType) -> FunctionType:
     return _shadow_of(function.__globals__).rebound(function)
 
@@ -164,20 +177,20 @@ def _rebound(function: FunctionType) -> FunctionType:
 def _shadow_of(names: dict[str, Any]) -> ShadowGlobals:
     found = _shadows.get(id(names))
     if found is None:
-        package = package_of(names.get("__name__"))
-        found = _shadows[id(names)] = ShadowGlobals(names, lambda value: _instead_of(value, package))
+        found = _shadows[id(names)] = ShadowGlobals(names, _instead_of)
         found.refresh()  # it is known by now: functions of two modules may name each other
     return found
 
 
-def _instead_of(value: Any, package: str | None) -> Any:
-    """What a swapped method of `package` finds where others find `value`."""
+def _instead_of(value: Any, module: str | None) -> Any:
+    """What a swapped function of `module` finds where others find `value`."""
     if isinstance(value, ModuleType):
-        return next((shadow for module, shadow in _modules() if module is value), value)
+        return next((shadow for each, shadow in _modules() if each is value), value)
     if not isinstance(value, FunctionType) and not is_attention(value):
         return value
     if is_attention(value):
         return _functions().mha if value is F.multi_head_attention_forward else _functions().sdpa
+    package = package_of(module)
     if package is not None and package_of(value.__module__) == package and reaches(value, set()):
         return _rebound(value)
     return value

@@ -1,0 +1,223 @@
+"""attn_core.enable, disable and ATTN_ENABLE: libraries by name, all or none, and torch as it was afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import attn_core
+import importlib_metadata
+import pytest
+import torch
+import torch.nn.functional as F
+from attn_core import InputError, IntegrationWarning, UnknownKernelError, record
+from attn_core.integrations import hosts
+from attn_core.integrations import torch as torch_host
+from attn_core.integrations.missing import MissingPackageError
+from packaging.specifiers import SpecifierSet
+
+STOCK = torch._C._nn.scaled_dot_product_attention
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was(monkeypatch):
+    monkeypatch.setattr(hosts, "_said", set())
+    yield
+    monkeypatch.undo()
+    attn_core.disable()
+    assert F.scaled_dot_product_attention is STOCK
+
+
+def kernels():
+    x = torch.randn(1, 2, 4, 8, generator=torch.Generator().manual_seed(20261121))
+    with record() as calls:
+        F.scaled_dot_product_attention(x, x, x)
+    return calls.kernels
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """installed(package=version or None): makes it look so."""
+    real = importlib_metadata.version
+    versions = {}
+
+    def version(name):
+        if name not in versions:
+            return real(name)
+        if versions[name] is None:
+            raise importlib_metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(importlib_metadata, "version", version)
+    return versions.update
+
+
+# By name
+
+
+def test_enable_is_the_hosts_own_enable_and_disable_puts_torch_back():
+    attn_core.enable("torch", prefer="torch/math")
+    assert torch_host.is_enabled()
+    assert kernels() == {"torch/math": 1}
+    attn_core.disable("torch")
+    assert not torch_host.is_enabled()
+    assert F.scaled_dot_product_attention is STOCK
+    assert kernels() == {}
+
+
+def test_a_second_time_only_the_options_change_and_one_disable_undoes_both():
+    attn_core.enable("torch", prefer=("torch/math",))
+    attn_core.enable("torch", prefer=("torch/flash",), strict=True)
+    assert kernels() == {"torch/flash": 1}
+    attn_core.disable()
+    assert F.scaled_dot_product_attention is STOCK
+
+
+def test_disable_of_what_is_not_enabled_does_nothing_and_imports_nothing():
+    modules = set(sys.modules)
+    attn_core.disable()
+    attn_core.disable("torch", "timm")
+    assert {name for name in set(sys.modules) - modules if "timm" in name} == set()
+
+
+@pytest.mark.parametrize("function", [attn_core.enable, attn_core.disable])
+def test_an_unknown_name_is_an_error_with_the_nearest_and_all(function):
+    with pytest.raises(InputError, match=r"'transfomers'. Did you mean 'transformers'.*torch, timm, transformers"):
+        function("torch", "transfomers")
+    assert not torch_host.is_enabled()
+
+
+def test_enable_without_a_name_is_an_error_with_all_of_them():
+    with pytest.raises(InputError, match="takes one or more of torch, timm"):
+        attn_core.enable()
+
+
+def test_a_kernel_that_nobody_registered_is_an_error_and_nothing_is_enabled():
+    with pytest.raises(UnknownKernelError, match="torch/flsh"):
+        attn_core.enable("torch", prefer="torch/flsh")
+    assert not torch_host.is_enabled()
+
+
+# Libraries that are missing, or of another version
+
+
+def test_a_library_that_is_not_installed_is_an_error_with_the_line_to_type(installed):
+    installed({"timm": None})
+    with pytest.raises(MissingPackageError, match=r'pip install "timm>='):
+        attn_core.enable("torch", "timm")
+    assert not torch_host.is_enabled()
+
+
+def test_where_one_cannot_be_enabled_those_before_it_are_disabled_again(installed, monkeypatch):
+    installed({"timm": "1.0.31"})
+    timm = hosts.HOSTS["timm"].integration
+
+    def fails(**options):
+        raise ImportError("no module of that library")
+
+    monkeypatch.setattr(timm, "enable", fails)
+    with pytest.raises(ImportError, match="of that library"):
+        attn_core.enable("torch", "timm")
+    assert not torch_host.is_enabled()
+    attn_core.enable("torch")
+    with pytest.raises(ImportError, match="of that library"):
+        attn_core.enable("torch", "timm")
+    assert torch_host.is_enabled()  # it was, before that call
+
+
+def test_a_version_outside_of_the_tested_range_warns_once_and_names_the_range(installed):
+    installed({"torch": "99.0"})
+    with pytest.warns(IntegrationWarning, match=r"torch 99.0 is outside .* >=2.9,<") as heard:
+        attn_core.enable("torch")
+    assert heard[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attn_core.enable("torch")
+    assert kernels()
+
+
+def test_the_installed_torch_is_within_the_tested_range():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attn_core.enable("torch")
+
+
+@pytest.mark.parametrize("name", hosts.HOSTS)
+def test_every_integration_can_be_imported_without_its_library_and_says_what_it_is_tested_with(name):
+    code = f"""
+        import sys
+        from attn_core.integrations.hosts import HOSTS
+        host = HOSTS[{name!r}]
+        print(host.tested)
+        assert host.enabled is False
+        assert {name!r} == "torch" or {name!r} not in sys.modules
+    """
+    assert SpecifierSet(in_another_process(code)[0])
+
+
+# ATTN_ENABLE
+
+
+def in_another_process(code, **environment):
+    """(what it printed last, what it said on stderr)."""
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("ATTN_")}
+    ended = subprocess.run(
+        [sys.executable, "-W", "always", "-c", textwrap.dedent(code)],
+        env={**variables, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.splitlines()[-1], ended.stderr
+
+
+TELL = """
+    import json, sys
+    import attn_core
+    import torch
+    from attn_core.integrations.hosts import HOSTS
+    enabled = [name for name, host in HOSTS.items() if host.enabled]
+    attn_core.disable()
+    stock = torch.nn.functional.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
+    print(json.dumps([enabled, stock]))
+"""
+
+
+def test_attn_enable_is_applied_when_attn_core_is_imported():
+    told, errors = in_another_process(TELL, ATTN_ENABLE="torch")
+    assert json.loads(told) == [["torch"], True]
+    assert errors == ""
+
+
+def test_a_bad_name_in_attn_enable_is_one_warning_and_the_others_are_enabled():
+    told, errors = in_another_process(TELL, ATTN_ENABLE=" tensorflow , torch,")
+    assert json.loads(told) == [["torch"], True]
+    assert errors.count("IntegrationWarning") == 1
+    assert "ATTN_ENABLE: tensorflow was not enabled" in errors
+
+
+def test_a_missing_library_in_attn_enable_is_one_warning(tmp_path):
+    hidden = """
+        import sys, importlib_metadata
+        real = importlib_metadata.version
+        def version(name):
+            if name == "timm":
+                raise importlib_metadata.PackageNotFoundError(name)
+            return real(name)
+        importlib_metadata.version = version
+    """
+    told, errors = in_another_process(textwrap.dedent(hidden) + textwrap.dedent(TELL), ATTN_ENABLE="timm,torch")
+    assert json.loads(told) == [["torch"], True]
+    assert errors.count("IntegrationWarning") == 1
+    assert 'pip install "timm>=' in errors
+
+
+def test_another_variable_that_is_bad_does_not_fail_the_import():
+    told, errors = in_another_process(TELL, ATTN_ENABLE="torch", ATTN_ALLOW="nonsense")
+    assert json.loads(told)[1] is True
+    assert errors.count("IntegrationWarning") <= 1
