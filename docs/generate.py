@@ -291,7 +291,7 @@ MEANINGS = {
     "Row.adaptations": "rewrites that the kernel needs",
     "Row.compiled": "a choice made while a graph was traced, not a call",
     "Row.calls": "so far; None for a traced choice",
-    "Row.seconds": "wall time around the kernel, in all (on CUDA, that of the launches); None for a traced choice",
+    "Row.seconds": "wall time around the kernel, in all (on CUDA, that of the device); None for a traced choice",
 }
 
 

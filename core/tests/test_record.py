@@ -292,7 +292,7 @@ def test_rows_are_plain_data_for_json():
     [row] = [row for row in plain if row["kernel"] == "torch/math"]
     assert row["problem"] == str(next(r for r in calls if r.kernel == "torch/math").problem)
     assert 'Causal("top-left")' in row["problem"]
-    assert set(row) == {"kernel", "problem", "adaptations", "reason", "compiled", "calls", "seconds"}
+    assert set(row) == {"kernel", "problem", "adaptations", "reason", "compiled", "calls", "seconds", "module"}
     assert (row["calls"], row["adaptations"], row["compiled"]) == (1, [], False)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .calling_module import as_written, runs_no_attention
 from .errors import InputError, InputTypeError, KernelRefusedError, suggestion
 from .scope import prefer
 
@@ -58,7 +59,7 @@ def assign(model: nn.Module, choices: Mapping[str, str | tuple[str, ...]], stric
         raise InputError(f"assign: takes {{module pattern: kernel pattern}}, got {choices!r}")
     if isinstance(model, nn.DataParallel):
         raise InputError("assign: replicas of DataParallel would run its first; use DistributedDataParallel")
-    names = [(_as_written(name), module) for name, module in model.named_modules(remove_duplicate=False)]
+    names = [(as_written(name), module) for name, module in model.named_modules(remove_duplicate=False)]
     found: list[tuple[str, nn.Module, prefer]] = []
     for pattern, kernels in choices.items():
         scope = prefer(*((kernels,) if isinstance(kernels, str) else tuple(kernels)), strict=strict)
@@ -163,11 +164,6 @@ class AssignedForward:
             return self._traced(entries[1:], args, kwargs)
 
 
-def _as_written(name: str) -> str:
-    """A module's name without what torch.compile puts into it."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
-
-
 def _own_forward(module: nn.Module, name: str) -> AssignedForward:
     own = module.__dict__.get(FORWARD)
     if not isinstance(own, AssignedForward):
@@ -194,7 +190,7 @@ def _outermost(names: list[tuple[str, nn.Module]], pattern: str) -> list[tuple[s
     outermost: list[tuple[str, nn.Module]] = []
     for name, module in named:
         for each in _with_forward(name, module):
-            if not _runs_none(each[1]) and not any(_is_within(each[0], other) for other, _ in outermost):
+            if not runs_no_attention(each[1]) and not any(_is_within(each[0], other) for other, _ in outermost):
                 outermost.append(each)
     if not outermost:
         raise InputError(
@@ -210,14 +206,6 @@ def _with_forward(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
         return [(name, module)]
     children = [(f"{name}.{child}" if name else child, each) for child, each in module.named_children()]
     return [found for child in children for found in _with_forward(*child)]
-
-
-def _runs_none(module: nn.Module) -> bool:
-    """Whether it is one of torch's own layers that call nothing else (Linear, LayerNorm, GELU, …), or a script."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return True
-    torchs = type(module).__module__.startswith("torch.nn.modules.")
-    return torchs and not isinstance(module, nn.MultiheadAttention) and next(module.children(), None) is None
 
 
 def _is_within(name: str, other: str) -> bool:
