@@ -15,7 +15,15 @@ transformers = pytest.importorskip(
     "transformers", reason="transformers is not installed: pip install 'attn-core[demo]'"
 )
 
-from attn_core import InputError, record, reference_attention  # noqa: E402
+from attn_core import (  # noqa: E402
+    InputError,
+    IntegrationWarning,
+    KernelRefusedError,
+    UnknownKernelError,
+    prefer,
+    record,
+    reference_attention,
+)
 from attn_core.integrations import transformers as integration  # noqa: E402
 from attn_core.integrations.transformers import attention_forward, disable, enable  # noqa: E402
 from transformers import modeling_utils  # noqa: E402
@@ -376,14 +384,35 @@ def test_an_unknown_argument_passes_once_it_is_said_to_be_harmless():
 # Registration
 
 
+def registries():
+    """What is registered, and in which order."""
+    return list(ATTENTIONS.items()), list(MASKS.items())
+
+
 def test_disable_leaves_the_registries_as_they_were():
-    before = dict(ATTENTIONS), dict(MASKS)
+    before = registries()
     enable()
-    enable()
-    assert "attn" in ATTENTIONS
-    assert MASKS["attn"] is MASKS["sdpa"]
+    enable(prefer="torch/math")
+    enable("another")
+    assert integration.is_enabled()
+    assert ATTENTIONS["sdpa"] is not sdpa_attention_forward
     disable()
-    assert (dict(ATTENTIONS), dict(MASKS)) == before
+    assert registries() == before
+    assert not integration.is_enabled()
+
+
+def test_a_name_of_its_own_leaves_sdpa_alone():
+    enable("fast")
+    try:
+        assert ATTENTIONS["sdpa"] is sdpa_attention_forward
+        assert (integration.is_enabled(), integration.is_enabled("fast"), integration.is_enabled("sdpa")) == (
+            True,
+            True,
+            False,
+        )
+    finally:
+        disable("fast")
+    assert not integration.is_enabled()
 
 
 def test_disable_without_enable_changes_nothing():
@@ -399,6 +428,13 @@ def test_a_name_of_the_host_is_not_taken_over(name):
     with pytest.raises(InputError, match=f"{name!r} already"):
         enable(name)
     assert (dict(ATTENTIONS), dict(MASKS)) == before
+
+
+@pytest.mark.parametrize("name", ["attn-flash", "attn/fast", "paged|attn"])
+def test_a_name_that_the_host_would_take_for_something_else_is_refused(name):
+    with pytest.raises(InputError, match="for a kernel of its own; choose another"):
+        enable(name)
+    assert not integration.is_enabled()
 
 
 def test_an_attention_that_somebody_else_registered_is_not_taken_over():
@@ -421,6 +457,173 @@ def test_another_name_will_do():
         assert largest_difference(made(CAUSAL_LMS["llama-gqa"], "fast"), given, eager) < ATOL
     finally:
         disable("fast")
+
+
+# In place of "sdpa"
+
+
+def test_one_line_switches_a_model_that_is_there_and_one_that_comes_and_stock_comes_back_bit_for_bit():
+    model, given = made(CAUSAL_LMS["mistral-window"], "sdpa"), inputs("left")
+    with torch.no_grad():
+        stock = model(**given)[0]
+        enable(prefer="torch/math")
+        try:
+            for each in (model, made(CAUSAL_LMS["mistral-window"], "sdpa")):
+                with record() as calls:
+                    assert largest_difference(each, given, stock) < ATOL
+                assert calls.kernels == {"torch/math": 2}
+        finally:
+            disable()
+        with record() as calls:
+            assert torch.equal(model(**given)[0], stock)
+    assert not calls.kernels
+
+
+@pytest.mark.usefixtures("enabled")
+@pytest.mark.parametrize("name", ["output_attentions", "cache", "a_new_idea"])
+def test_what_attn_cannot_honour_goes_to_the_hosts_own_function_and_record_has_the_reason(name):
+    given, module = operands(5, 5, num_kv_heads=4), SimpleNamespace()
+    expected, _ = sdpa_attention_forward(module, *given, None, **{name: REFUSED[name]})
+    with record() as calls:
+        out, _ = ATTENTIONS["sdpa"](module, *given, None, **{name: REFUSED[name]})
+    assert torch.equal(out, expected)
+    (row,) = calls
+    assert row.kernel == "torch (stock)"
+    assert row.reason.startswith(f"{name}: ")
+
+
+@pytest.mark.usefixtures("enabled")
+def test_an_exported_model_does_not_need_attn():
+    model = made(ENCODERS["bert"], "sdpa")
+    exported = torch.export.export(model, (), {"input_ids": inputs()["input_ids"]}, strict=False)
+    targets = {str(node.target) for node in exported.graph.nodes}
+    assert any("scaled_dot_product_attention" in target for target in targets)
+    assert not any("attn_core" in target or target.startswith("attn.") for target in targets)
+
+
+def test_a_kernel_that_is_preferred_runs_where_it_can_and_strict_refuses_where_it_cannot():
+    enable(prefer="torch/math")
+    model, given = made(CAUSAL_LMS["llama-gqa"], "sdpa"), inputs("left")
+    try:
+        with record() as calls:
+            model(**given)
+        assert calls.kernels == {"torch/math": 2}
+        enable(prefer="torch/cudnn", strict=True)
+        with pytest.raises(KernelRefusedError, match="torch/cudnn"):
+            model(**given)
+        with pytest.raises(KernelRefusedError, match="output_attentions"):
+            ATTENTIONS["sdpa"](SimpleNamespace(), *operands(5, 5), None, output_attentions=True)
+    finally:
+        disable()
+
+
+def test_what_cannot_be_preferred_is_an_error_and_changes_nothing():
+    before = registries()
+    with pytest.raises(UnknownKernelError, match="torch/mat"):
+        enable(prefer="torch/mat")
+    with pytest.raises(InputError, match="strict"):
+        enable(strict=True)
+    assert registries() == before
+
+
+def test_two_models_have_each_its_own_kernel():
+    enable("attn-math", prefer="torch/math")
+    enable("attn-reference", prefer=("torch/reference",), strict=True)
+    given = inputs("left")
+    try:
+        models = {kernel: made(CAUSAL_LMS["llama-gqa"], f"attn-{kernel}") for kernel in ("math", "reference")}
+        with torch.no_grad():
+            for kernel, model in models.items():
+                with record() as calls, prefer("torch/flash"):  # what the name says comes before
+                    model(**given)
+                assert calls.kernels == {f"torch/{kernel}": 2}
+    finally:
+        disable()
+
+
+def test_a_compiled_model_runs_by_the_kernel_of_its_name():
+    torch._dynamo.reset()
+    enable(prefer="torch/math")
+    try:
+        model, given = made(ENCODERS["bert"], "sdpa"), inputs("right")
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        with torch.no_grad(), record() as calls:
+            out = compiled(**given)[0]
+        assert set(calls.kernels) == {"torch/math"}
+    finally:
+        disable()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            out[given["attention_mask"].bool()], model(**given)[0][given["attention_mask"].bool()]
+        )
+
+
+def test_somebody_elses_function_in_place_of_attns_stays_and_is_warned_of():
+    before = registries()
+    enable()
+    ours = ATTENTIONS["sdpa"]
+    ATTENTIONS.register("sdpa", lambda *args, **kwargs: ours(*args, **kwargs))
+    theirs = ATTENTIONS["sdpa"]
+    try:
+        with pytest.warns(IntegrationWarning, match="another function under transformers' 'sdpa'"):
+            disable()
+        assert ATTENTIONS["sdpa"] is theirs
+        with record() as calls:
+            made(CAUSAL_LMS["llama-gqa"], "sdpa")(**inputs())  # what is left of ours leads to the host's
+        assert not calls.kernels
+    finally:
+        ATTENTIONS.register("sdpa", sdpa_attention_forward)
+    assert registries() == before
+
+
+# The report
+
+
+def test_the_report_tells_of_every_module_with_attention_who_computes_it_and_why():
+    llama = made(CAUSAL_LMS["llama-gqa"], "sdpa")
+    layers = ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    assert [(row.module, row.redirected, row.reason) for row in integration.report(llama)] == [
+        (layer, False, "set to 'sdpa'; attn is not enabled") for layer in layers
+    ]
+    enable()
+    try:
+        assert [row.module for row in integration.report(llama).redirected] == layers
+        eager = integration.report(made(CAUSAL_LMS["gemma2-softcap"]))
+        assert [row.reason for row in eager] == ["set to 'eager'; set_attn_implementation(\"attn\") changes that"] * 2
+    finally:
+        disable()
+
+
+@pytest.mark.usefixtures("enabled")
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (
+            lambda: (transformers.GptOssConfig(**DECODER, head_dim=8, num_local_experts=4), transformers.GptOssModel),
+            "has attention sinks",
+        ),
+        (
+            lambda: (
+                transformers.FalconConfig(vocab_size=100, hidden_size=32, num_hidden_layers=1, num_attention_heads=4),
+                transformers.FalconModel,
+            ),
+            "calls torch's attention itself, past transformers' registry",
+        ),
+        (
+            lambda: (
+                transformers.BloomConfig(vocab_size=100, hidden_size=32, n_layer=1, n_head=4),
+                transformers.BloomModel,
+            ),
+            "takes the softmax itself",
+        ),
+    ],
+    ids=["sinks", "torch's attention", "softmax"],
+)
+def test_the_report_says_why_a_module_is_left_alone(build, reason):
+    found = integration.report(made(build, None))
+    assert len(found) == len(found.left_alone) > 0
+    assert all(reason in row.reason for row in found), str(found)
+    assert reason in str(found)
 
 
 def test_a_model_that_is_still_set_to_attn_raises_after_disable():

@@ -42,6 +42,8 @@ __all__ = ["HARMLESS", "TESTED", "LazyMask", "attention_forward", "disable", "en
 NAME = "attn"
 #: The host's name for torch's attention: what its models use by default.
 STOCK_NAME = "sdpa"
+#: A name with one of these in it means something to the host.
+TAKEN_PARTS = ("flash", "flex_attention", STOCK_NAME, "/", "|", ":", "@")
 #: The versions of transformers that this was run with.
 TESTED = ">=5.23,<5.24"
 FIX = 'pip install "transformers>=5.23,<6"'
@@ -95,6 +97,11 @@ def enable(
         theirs = attentions.get(own) is not (held.attention if held else None)
         if own == "eager" or theirs or (held is None and own in masks):
             raise InputError(f"enable: transformers has an attention {own!r} already; choose another name")
+        for part in (part for part in TAKEN_PARTS if part in own):
+            raise InputError(
+                f"enable: transformers takes a name with {part!r} in it, as {own!r}, for a kernel of its own; choose"
+                " another"
+            )
         before = _before(attentions, masks)
         mask = _mask_function(before[1])
         _register(own, in_scope(forward, patterns, strict), mask, None)

@@ -70,6 +70,17 @@ class LazyMask(Tensor):
     def __repr__(self) -> str:  # type: ignore[override]
         return f"LazyMask({'a tensor' if self._touched else self._meaning!r}, size={tuple(self.shape)})"
 
+    # What torch does without asking the dispatcher
+
+    def tolist(self) -> Any:
+        return _looked_at(self).tolist()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return _looked_at(self).numpy(force=force)
+
+    def data_ptr(self) -> int:
+        return int(_looked_at(self).data_ptr())
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.dense().clone()
 
