@@ -14,12 +14,10 @@ from __future__ import annotations
 from typing import Any
 
 from ..reported import Report, ReportRow
+from .host import TESTED
 from .layers import CLASSES, attn_layer, layer
 from .reporting import report
 from .switch import disable, enable, is_enabled
-
-#: Versions of timm that the tests run.
-TESTED = ">=1.0.31,<1.1"
 
 __all__ = [
     "TESTED",

@@ -13,13 +13,11 @@ import torch
 from torch import nn
 
 from ...errors import InputTypeError
-from ..missing import need
 from . import calls, fused
+from .host import host
 from .sites import FUSED, RENAMED, SDPA, bare, mentions, renamed, sites
 
 Module = TypeVar("Module", bound=nn.Module)
-
-FIX = 'pip install "timm>=1.0.31,<1.1"'
 
 #: Of this module's package: name -> where timm has the class.
 CLASSES = {
@@ -53,7 +51,7 @@ def attn_layer(cls: type[Module]) -> type[Module]:
         )
     setattr(torch.nn.functional, OWN[SDPA], calls.always)  # beside torch's; nothing else has such a name
     if not fused.rel_pos_classes:
-        fused.learn(need("timm.layers", "attn_core.integrations.timm", FIX), sites())
+        fused.learn(host("timm.layers"), sites())
     body: dict[str, Any] = {
         "__doc__": f"{cls.__module__}.{cls.__qualname__}, computed by attn; everything else is inherited.",
         "__module__": __name__.rpartition(".")[0] if CLASSES.get(cls.__name__) else cls.__module__,
@@ -67,7 +65,7 @@ def attn_layer(cls: type[Module]) -> type[Module]:
 def layer(name: str) -> type[nn.Module]:
     """The class of that name in CLASSES. Raises MissingPackageError without timm."""
     where = CLASSES[name]
-    module = need(where, f"attn_core.integrations.timm.{name}", FIX)
+    module = host(where)
     return attn_layer(getattr(module, name))
 
 

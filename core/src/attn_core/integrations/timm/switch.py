@@ -9,9 +9,8 @@ import warnings
 import torch
 
 from ...errors import IntegrationWarning
-from ..missing import need
 from . import calls, fused
-from .layers import FIX
+from .host import host
 from .sites import FUSED, RENAMED, SDPA, Site, sites
 
 _lock = threading.Lock()
@@ -34,8 +33,8 @@ def enable(*, prefer: tuple[str, ...] = (), strict: bool = False) -> None:
 
     Raises MissingPackageError without timm; what `attn_core.prefer` raises for its patterns.
     """
-    need("timm", "attn_core.integrations.timm", FIX)
-    layers = need("timm.layers", "attn_core.integrations.timm", FIX)
+    host("timm")  # all its models, so that their functions are found
+    layers = host("timm.layers")
     with _lock:
         calls.use(calls.Options(prefer=tuple(prefer), strict=strict))
         if not _redirected:
