@@ -54,7 +54,7 @@ class Sequence:
             yield range(self.batch, self.batch + 1), tuple(x[self.batch] for x in tensors)
         elif batch == 1:
             yield range(1), tuple(x[0] for x in tensors)
-        elif not self.apart and all(x.stride(0) == x.shape[1] * x.stride(1) for x in tensors):
+        elif not self.apart and all(x.shape[1] == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in tensors):
             yield range(batch), tuple(x.flatten(0, 1) for x in tensors)
         else:
             for entry, lanes in enumerate(zip(*tensors)):
