@@ -17,10 +17,14 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...errors import IntegrationWarning
 from ...scope import prefer as prefer_scope
 from ...tracing import constant
+
+_is_exporting = torch.compiler.is_exporting
+_tracing_state = torch._C._get_tracing_state
 
 #: What a graph is told: (patterns, strict). None: nothing was asked, False: asked to leave torch's alone.
 Asked = tuple[tuple[str, ...], bool]
@@ -182,13 +186,13 @@ HOST_TRACERS = {
 
 def stays_stock(*operands: Any) -> str | None:
     """Who is recording this eager call for a program that runs elsewhere; None where nobody is."""
-    if torch.compiler.is_exporting():
+    if _is_exporting():
         return "torch.export"
-    if torch._C._get_tracing_state() is not None:
+    if _tracing_state() is not None:
         return "torch.jit.trace"
     for operand in operands:
-        if not isinstance(operand, torch.Tensor) and hasattr(operand, "node"):  # a Proxy stands for a tensor
-            return "torch.fx"
+        if type(operand) is not Tensor and not isinstance(operand, Tensor) and hasattr(operand, "node"):
+            return "torch.fx"  # a Proxy stands for a tensor
     return None
 
 

@@ -108,7 +108,7 @@ def swap(model: nn.Module) -> Swap:
 
 def _scripted(module: nn.Module) -> str | None:
     """Why nothing is swapped in a scripted or traced module, where its graph has torch's attention."""
-    if not isinstance(module, torch.jit.ScriptModule) or not hasattr(module, "graph"):
+    if not isinstance(module, torch.jit.ScriptModule) or not module._c._has_method("forward"):
         return None
     has_attention = "aten::scaled_dot_product_attention" in str(module.inlined_graph)
     return "is scripted or traced by torch.jit, which holds torch's own function" if has_attention else None
