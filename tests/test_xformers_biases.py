@@ -12,7 +12,17 @@ import re
 
 import pytest
 import torch
-from attn_core import Causal, InputError, InputTypeError, Segments, Window, as_bias, attention, reference_attention
+from attn_core import (
+    Causal,
+    InputError,
+    InputTypeError,
+    Paged,
+    Segments,
+    Window,
+    as_bias,
+    attention,
+    reference_attention,
+)
 
 theirs = pytest.importorskip(
     "xformers.ops.fmha.attn_bias", reason="xFormers is not installed; nox -s xformers has it", exc_type=ImportError
@@ -173,3 +183,21 @@ def test_a_call_takes_them_and_reads_no_padding(make):
         if valid is not None:
             key[~valid], value[~valid] = float("nan"), float("nan")
         torch.testing.assert_close(attention(query, key, value, mask), want)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["all keys", "causal"])
+@pytest.mark.parametrize("count", [1, 3], ids=["one query each", "three queries each"])
+def test_pages_are_those_of_paged_where_every_sequence_has_as_many_queries(count, causal):
+    torch.manual_seed(SEED)
+    table, keys, page = torch.tensor([[4, 1, 3], [0, 4, 2]], dtype=torch.int32), [5, 7], 4
+    cls = theirs.PagedBlockDiagonalCausalWithOffsetPaddedKeysMask if causal else theirs.PagedBlockDiagonalPaddedKeysMask
+    mask = cls.from_seqlens([count, count], keys, table, page)
+    query, (key, value) = torch.randn(1, 2 * count, 2, 8), torch.randn(2, 1, 5 * page, 2, 8)
+    written_out = mask.materialize((2 * count, 2 * 3 * page))
+    want, _ = reference_attention(query, key, value, written_out)
+
+    within = Causal("bottom-right") if causal else None
+    bias = Paged(mask.block_tables, mask.k_seqinfo.seqlen, mask.page_size, within=within)
+    pool = (x.view(-1, page, 2, 8) for x in (key, value))
+    got = attention(query.view(2, count, 2, 8), *pool, bias)
+    torch.testing.assert_close(got.view(1, 2 * count, 2, 8).double(), want)
