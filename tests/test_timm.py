@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ast
 import copy
+import importlib
 import inspect
 import pickle
+import re
 import sys
 import threading
 import warnings
@@ -574,3 +576,26 @@ def test_a_subclass_that_calls_its_base_is_redirected_and_one_that_does_not_is_n
         with record() as calls:
             model["calling"](torch.randn(1, 3, 8))
         assert sum(calls.kernels.values()) == 1
+
+
+# The document.
+
+PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "use-with-timm.md"
+
+
+def test_the_examples_of_the_how_to_print_what_it_shows(capsys):
+    text = PAGE.read_text(encoding="utf-8")
+    names = {}
+    for code in re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        exec(compile(code, str(PAGE), "exec"), names)
+    shown = re.findall(r"^```text\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    assert capsys.readouterr().out == "".join(shown)
+
+
+def test_the_how_to_names_every_class_that_is_left_alone_with_its_reason():
+    text = PAGE.read_text(encoding="utf-8")
+    reasons = attn_timm.reasons.OWN_ATTENTION | attn_timm.reasons.OTHER_SOFTMAX
+    for name, what in reasons.items():
+        assert f"| `{name}` | {what} |" in text
+        module, _, cls = name.rpartition(".")
+        assert inspect.isclass(getattr(importlib.import_module(f"timm.{module}"), cls))
