@@ -207,7 +207,7 @@ def bench(session: nox.Session) -> None:
 def diffusers(session: nox.Session) -> None:
     """Run diffusers' models by attn: every family, compiled, and split over two processes; and the fast tests of it."""
     install_torch(session)
-    install(session, "-e", "core[test]", DIFFUSERS)
+    install(session, "-e", "core[demo,test]", DIFFUSERS)
     session.run("python", "-c", "import diffusers")  # without it, the tests would be skipped
     tests = ["tests/test_diffusers.py", "tests/diffusers_every_model.py"]
     session.run("pytest", *(session.posargs or tests), env=OFFLINE | ONE_THREAD)

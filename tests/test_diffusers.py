@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import importlib_metadata
 import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 pytest.importorskip("diffusers", reason='diffusers is not installed: pip install "diffusers>=0.36,<0.43"')
 
+import attn_core
 from attn_core import (
     Causal,
     InputError,
@@ -30,6 +34,7 @@ from attn_core import (
 from attn_core.integrations import diffusers as integration
 from attn_core.integrations.diffusers import calls, disable, enable, is_enabled
 from attn_core.integrations.diffusers.own_calls import OwnCalls
+from attn_core.integrations.diffusers.reporting import NOT_ENABLED
 from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
 from diffusers.models import attention_dispatch as host
 from diffusers.models import attention_processor
@@ -121,6 +126,20 @@ def another_process():
     )
     assert ended.returncode == 0, ended.stderr
     return json.loads(ended.stdout.splitlines()[-1])
+
+
+class OfSomebodyElse:
+    def __call__(self, attn, hidden_states):
+        return torch.nn.functional.scaled_dot_product_attention(hidden_states, hidden_states, hidden_states)
+
+
+class Softmax(torch.nn.Module):
+    def forward(self, x):
+        return (x @ x.mT).softmax(-1) @ x
+
+
+def with_processor(processor):
+    return attention_processor.Attention(query_dim=8, heads=2, dim_head=4, processor=processor)
 
 
 def reference(query, key, value, bias=None, **options):
@@ -697,3 +716,80 @@ def test_what_the_forward_function_says_it_takes_is_what_diffusers_passes(qkv):
     native = REGISTRY._supported_arg_names[NAMES.NATIVE]
     assert native <= names
     assert calls.attention_forward is integration.attention_forward
+
+
+class TestReport:
+    def test_modules_that_choose_a_backend_go_by_the_one_that_they_chose_or_else_the_active_one(self):
+        model, _ = MODELS["flux"]()
+        assert [row.reason for row in integration.report(model)] == [NOT_ENABLED] * 2
+        enable()
+        assert len(integration.report(model).redirected) == 2
+        model.transformer_blocks[0].attn.processor._attention_backend = NAMES.NATIVE
+        told = integration.report(model)
+        assert not told["transformer_blocks.0.attn"].redirected
+        assert "set to the backend 'native'" in told["transformer_blocks.0.attn"].reason
+        assert told["single_transformer_blocks.0.attn"].redirected
+        REGISTRY._active_backend = NAMES.NATIVE
+        told = integration.report(model)["single_transformer_blocks.0.attn"]
+        assert not told.redirected
+        assert "the active one is 'native'" in told.reason
+
+    def test_modules_that_call_torch_by_themselves_go_by_attn_while_it_is_active(self):
+        model, _ = MODELS["autoencoder"]()
+        assert len(integration.report(model).left_alone) == 2
+        enable()
+        reasons = [row.reason for row in integration.report(model).redirected]
+        assert reasons == ["by its own call of torch's attention"] * 2
+        REGISTRY._active_backend = NAMES.NATIVE
+        assert len(integration.report(model).left_alone) == 2
+
+    @pytest.mark.parametrize(
+        ("module", "said"),
+        [
+            (lambda: torch.nn.MultiheadAttention(8, 2), r"torch's own module.*enable\(.torch.\)"),
+            (lambda: with_processor(attention_processor.AttnProcessor()), "AttnProcessor computes by itself"),
+            (lambda: with_processor(OfSomebodyElse()), r"code that is not diffusers'.*enable\(.torch.\)"),
+            (Softmax, "takes the softmax by itself"),
+        ],
+        ids=["torch's", "weights by itself", "not of diffusers", "softmax"],
+    )
+    def test_what_is_left_alone_has_its_reason(self, module, said):
+        enable()
+        (row,) = integration.report(torch.nn.ModuleDict({"it": module()}))
+        assert not row.redirected
+        assert row.module == "it"
+        assert re.search(said, row.reason)
+
+    def test_modules_without_attention_are_not_in_it(self):
+        enable()
+        assert len(integration.report(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Softmax(-1)))) == 0
+
+
+class TestByTheNameOfTheHost:
+    def test_enable_and_disable_of_the_package_are_those_of_the_integration(self, qkv):
+        attn_core.enable("diffusers", prefer=("torch/math",))
+        assert is_enabled()
+        with record() as ran:
+            dispatch_attention_fn(*qkv)
+        assert ran.kernels == {"torch/math": 1}
+        attn_core.disable()
+        assert not is_enabled()
+
+    def test_a_version_that_is_not_tested_is_a_warning_that_names_those_that_are(self, monkeypatch):
+        monkeypatch.setattr(importlib_metadata, "version", lambda package: "0.99.0")
+        with pytest.warns(attn_core.errors.IntegrationWarning, match=r"diffusers 0\.99\.0.*>=0\.36,<0\.43"):
+            attn_core.enable("diffusers")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            attn_core.enable("diffusers")
+
+    def test_together_with_torch_each_call_is_counted_once(self, qkv):
+        attn_core.enable("torch", "diffusers")
+        try:
+            model, inputs = MODELS["stable-diffusion-3"]()
+            with record() as ran, torch.no_grad():
+                dispatch_attention_fn(*qkv)
+                model(**inputs)
+            assert sum(ran.kernels.values()) == 4
+        finally:
+            attn_core.disable("torch")
