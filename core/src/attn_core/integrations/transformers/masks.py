@@ -23,7 +23,7 @@ from ...bias.diagonal import Corner
 
 #: The least number of keys from which on structure is worth having: below it, writing out the mask once costs less
 #: than a kernel that skips can save in all layers.
-LEAST_KEYS = 256
+LEAST_KEYS = 512
 
 _HOST = "transformers.masking_utils"
 
