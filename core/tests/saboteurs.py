@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from attn_core import (
@@ -23,7 +26,9 @@ from attn_core import (
     Refusal,
     TensorBias,
     Window,
+    refresh,
 )
+from attn_core.testing import fake_distribution, importable
 from torch import Tensor
 
 MASKED = float("-inf")
@@ -32,6 +37,9 @@ TILE = 16
 
 def attend(query, key, value, *, bias=None, scale, softcap=None, dropout_p=0.0, return_lse=False, wrong=""):
     """Attention written out, heads-last, each line right unless `wrong` names it."""
+    if wrong == "stream ignored":
+        with torch.cuda.stream(torch.cuda.default_stream()):
+            return attend(query, key, value, bias=bias, scale=scale, softcap=softcap, return_lse=return_lse)
     dtype, head_dim = query.dtype, query.shape[-1]
     seqlen_kv = key.shape[1]
     if wrong == "scale dropped":
@@ -186,6 +194,12 @@ class Saboteur:
 
     kernel: Kernel
     caught_by: str
+    device: str = "cpu"
+
+    @property
+    def out_of_reach(self) -> str:
+        """Why it cannot be caught on this machine; empty where it can."""
+        return "there is no CUDA device" if self.device == "cuda" and not torch.cuda.is_available() else ""
 
 
 def _wrong(name: str, **claims: object) -> Kernel:
@@ -239,6 +253,7 @@ SABOTEURS |= {
     "batch entries coupled": Saboteur(
         _wrong("batch entries coupled", batch_invariant=True), "entries_do_not_depend_on_each_other"
     ),
+    "stream ignored": Saboteur(_wrong("stream ignored", devices={"cuda"}), "runs_in_the_current_stream", "cuda"),
     "graph broken": Saboteur(_wrong("graph broken", compile=True), "can_be_traced"),
     "refuses what it claims": Saboteur(
         replace(GOOD, name="sabotage/refuses", refuse=_refuse_everything), "takes_what_it_claims"
@@ -250,3 +265,37 @@ SABOTEURS |= {
         replace(GOOD, name="sabotage/raises", refuse=_refuse_by_raising), "its_reasons_can_be_read"
     ),
 }
+
+
+#: These take the process with them, so they are of a plugin that another process can find.
+DEADLY_PLUGIN = """
+import os, sys, time
+import torch
+from attn_core import Capabilities, Kernel, hookimpl
+
+def crashes(query, key, value, *, scale):
+    os.abort()
+
+def exits(query, key, value, *, scale):
+    sys.exit(3)
+
+def hangs(query, key, value, *, scale):
+    time.sleep(10_000)
+
+@hookimpl
+def attn_kernels():
+    claims = Capabilities(devices={"cpu"}, dtypes={torch.float32}, head_dims={8})
+    for run in (crashes, exits, hangs):
+        yield Kernel(name=f"deadly/{run.__name__}", run=run, capabilities=claims)
+"""
+DEADLY = ("crashes", "exits", "hangs")
+
+
+@contextmanager
+def deadly_plugin(folder: Path) -> Iterator[None]:
+    """Within it, the plugin is installed in the folder."""
+    with importable(folder):
+        fake_distribution(folder, "attn-deadly", source=DEADLY_PLUGIN, entry_points={"deadly": "attn_deadly"})
+        refresh()
+        yield
+    refresh()
