@@ -30,14 +30,24 @@ from torch import Tensor
 
 from ...errors import InputError, IntegrationWarning
 from ..missing import MissingPackageError, need
-from .forward import HARMLESS, attention_forward
-from .masks import LazyMask, structured_mask
+from .forward import HARMLESS, PACKED, UNSUPPORTED, attention_forward
+from .masks import structured_mask
 from .stand_in import Forward, in_scope, stand_in
 
 if TYPE_CHECKING:
     from ..reported import Report
 
-__all__ = ["HARMLESS", "TESTED", "LazyMask", "attention_forward", "disable", "enable", "is_enabled", "report"]
+__all__ = [
+    "HARMLESS",
+    "PACKED",
+    "TESTED",
+    "UNSUPPORTED",
+    "attention_forward",
+    "disable",
+    "enable",
+    "is_enabled",
+    "report",
+]
 
 NAME = "attn"
 #: The host's name for torch's attention: what its models use by default.
