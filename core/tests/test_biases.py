@@ -210,6 +210,7 @@ def test_key_padding_checks_its_lengths_when_it_is_bound():
         (lambda: Window(-1, 0), InputError, "left .* must be an int >= 0,\n? ?or None for no limit; got -1"),
         (lambda: Window(0, 1.5), InputError, "right .* got 1.5"),
         (lambda: Window(True, 0), InputError, "left .* got True"),
+        (lambda: Window(3, "0"), InputError, "right .* got '0'"),
         (lambda: KeyPadding([1.5]), InputTypeError, r"must be integers, got \[1.5\]"),
         (lambda: KeyPadding(torch.ones(2)), InputTypeError, "integer tensor, got torch.float32"),
         (lambda: KeyPadding(torch.ones(2, 3, dtype=torch.bool)), InputTypeError, "TensorBias"),

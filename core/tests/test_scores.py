@@ -361,6 +361,7 @@ def test_one_graph_serves_every_length():
     ("make", "error", "text"),
     [
         (lambda: ALiBi(0), InputError, "num_heads must be an int >= 1, got 0"),
+        (lambda: ALiBi("8"), InputError, "num_heads must be an int >= 1, got '8'"),
         (lambda: ALiBi(2, [0.5, 0.25]), InputTypeError, "must be a floating tensor, got list"),
         (
             lambda: ALiBi(2, torch.ones(2, dtype=torch.int64)),

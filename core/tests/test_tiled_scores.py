@@ -330,14 +330,14 @@ def test_samples_of_scores_without_tensors_are_folded_into_the_batch():
     torch.testing.assert_close(of(NAME)(x), of("torch/reference")(x))
 
 
-def test_in_a_graph_scores_are_refused_by_name():
+def test_in_a_graph_a_rule_of_ones_own_is_refused_by_name():
     x = normal(1, 64, HEADS, 8, grad=False)
 
     def called(x):
-        return attention(x, x, x, Window(4, 2) + ALiBi(HEADS), kernel=NAME)
+        return attention(x, x, x, Window(4, 2) + ByKey(), kernel=NAME)
 
     called(x)
-    with pytest.raises(Exception, match="no scores, got ALiBi"):
+    with pytest.raises(Exception, match="in a graph, got ByKey"):
         torch.compile(called, fullgraph=True, backend="eager")(x)
 
 

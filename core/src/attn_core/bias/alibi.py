@@ -36,7 +36,7 @@ class ALiBi(Score):
 
     def __post_init__(self) -> None:
         check_corner("ALiBi", self.corner)
-        if isinstance(self.num_heads, (bool, float)) or self.num_heads < 1:
+        if isinstance(self.num_heads, (bool, float, str)) or self.num_heads < 1:
             raise InputError(f"ALiBi: num_heads must be an int >= 1, got {self.num_heads!r}")
         if self.slopes is None:
             return

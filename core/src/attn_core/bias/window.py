@@ -126,7 +126,7 @@ class Window(Mask):
 
 
 def _check_limit(name: str, limit: int | None) -> None:
-    if limit is not None and (isinstance(limit, (bool, float)) or limit < 0):
+    if limit is not None and (isinstance(limit, (bool, float, str)) or limit < 0):
         raise InputError(
             f"Window: {name} counts keys beside the diagonal, so it must be an int >= 0,"
             f" or None for no limit; got {limit!r}"

@@ -18,7 +18,7 @@ from ..cost import Cost
 from ..kernel import Kernel
 from ..problem import Problem
 from .measured import MEASURED
-from .tiling import traced
+from .tiling import traced, traced_scores
 from .tiling.function import Tiled
 from .tiling.scores import Scores
 from .tiling.work import work
@@ -32,13 +32,15 @@ def run(
 ) -> Any:
     """Heads-first: `[batch, num_heads, seqlen, head_dim]`."""
     mask = None if bias is None else bias.mask
-    scores = None if bias is None or not bias.scores else Scores(bias.scores)  # type: ignore[arg-type]
     if scale <= 0:  # the dense kernels with a causal mask do so before they scale: 0 * -inf is NaN
         query, scale = (query * 0, 1.0) if scale == 0 else (-query, -scale)
-    # Fake tensors have no tables.
-    if _is_compiling() or (_modes_of_dispatch() and scores is None and traced.can_be_written(mask)):
-        out, lse = traced.tiled(query, key, value, mask, scale)
+    rules = () if bias is None else bias.scores
+    if _is_compiling() and rules:
+        out, lse = traced_scores.tiled(query, key, value, mask, rules, scale)
+    elif _is_compiling() or (_modes_of_dispatch() and not rules and traced.can_be_written(mask)):
+        out, lse = traced.tiled(query, key, value, mask, scale)  # fake tensors have no tables
     else:
+        scores = Scores(rules) if rules else None  # type: ignore[arg-type]
         held = () if scores is None else scores.held()
         out, lse = Tiled.apply(query, key, value, mask, scale, scores, *held)  # type: ignore[no-untyped-call]
     return (out, lse) if return_lse else out
@@ -48,10 +50,10 @@ def refuse(problem: Problem) -> Iterator[Refusal]:
     bias = problem.bias
     if bias is None or not problem.compiling:
         return
-    kinds = ", ".join(traced.KINDS)
-    if bias.scores:
+    kinds = ", ".join([*traced.KINDS, *traced_scores.KINDS])
+    if not traced_scores.can_be_written(bias.scores):
         got = ", ".join(type(score).__name__ for score in bias.scores)
-        yield Refusal("compiling", f"takes {kinds} in a graph and no scores, got {got}")
+        yield Refusal("compiling", f"takes {kinds} in a graph, got {got}")
     elif not traced.can_be_written(bias.mask):
         yield Refusal("compiling", f"takes {kinds} in a graph, got {type(bias).__name__}")
 

@@ -12,4 +12,6 @@ scores.py      what is added to the logits of a batch of tiles
 limited.py     runs in small tiles, where something is added
 tables.py      what is kept of a cut mask, within a bound
 function.py    the forward and the backward, as one differentiable function
+traced*.py     the same as one op, for graphs; with scores, whose tensors are operands
+work*.py       what a call will do, for the estimate; with scores, the numbers that are made
 """

@@ -39,9 +39,13 @@ _library.define(  # type: ignore[no-untyped-call]
 
 def tiled(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, scale: float) -> tuple[Tensor, Tensor]:
     """`function.Tiled`, as one op."""
-    text = NO_MASK if mask is None else written(type(mask), _constants(mask.facts()))
-    out, lse = torch.ops.attn_core.tiled(query, key, value, text, scale)
+    out, lse = torch.ops.attn_core.tiled(query, key, value, as_text(mask), scale)
     return out, lse
+
+
+def as_text(mask: Mask | None) -> str:
+    """A mask that `can_be_written`, as the op takes it."""
+    return NO_MASK if mask is None else written(type(mask), _constants(mask.facts()))
 
 
 def can_be_written(mask: Mask | None) -> bool:
