@@ -182,7 +182,8 @@ class _Bench:
             self._no_crash(row, error)
         finally:
             self.built.model.zero_grad(set_to_none=True)
-            gc.collect()
+        if row.state != "ran":
+            gc.collect()  # tensors that the traceback held
         return row
 
     def _no_crash(self, row: Row, error: Exception) -> None:
