@@ -291,8 +291,8 @@ KERNELS = [("torch/flash", "torch/math", "torch/reference")[n % 3] for n in rang
 @pytest.mark.parametrize("shared", [True, False], ids=["one model", "a model each"])
 def test_eight_threads_generate_at_once_each_by_its_own_kernel(shared):
     options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "disable_compile": True}
-    model = made("Mistral")
-    expected = model.generate(**inputs("left"), **options)
+    model, given = made("Mistral"), inputs("left")  # made once: threads share torch's generator
+    expected = model.generate(**given, **options)
     by_attn(model)
     models = [model if shared else made("Mistral") for _ in KERNELS]
     for each in models:
@@ -302,7 +302,7 @@ def test_eight_threads_generate_at_once_each_by_its_own_kernel(shared):
     def generate(kernel, model):
         barrier.wait()
         with prefer(kernel, strict=True), record() as calls:
-            tokens = [model.generate(**inputs("left"), **options) for _ in range(3)]
+            tokens = [model.generate(**given, **options) for _ in range(3)]
         return tokens, set(calls.kernels)
 
     with ThreadPoolExecutor(len(KERNELS)) as pool:
