@@ -31,9 +31,10 @@ ATOL = 1e-5
 
 @pytest.fixture(autouse=True)
 def stock():
-    """No test leaves it enabled."""
+    """No test leaves it enabled, or graphs behind: of code that models share, torch keeps eight."""
     yield
     disable()
+    torch.compiler.reset()
 
 
 def cogvideox():
