@@ -230,7 +230,7 @@ def timm(session: nox.Session) -> None:
     install(session, "-e", "core[test]", "huggingface_hub", "safetensors", "pyyaml")
     install(session, "--no-deps", *TIMM)
     session.run("python", "-c", "import importlib.util as u; assert u.find_spec('timm')")  # else tests are skipped
-    everything = ("tests/test_timm.py", "tests/timm_every_model.py")
+    everything = ("tests/test_timm.py", "tests/test_timm_report.py", "tests/timm_every_model.py")
     session.run("pytest", *(session.posargs or everything), env=OFFLINE | ONE_THREAD)
 
 

@@ -30,6 +30,7 @@ BUILT_IN = {
     "kernels": "attn_core.cli.kernels:kernels",
     "new": "attn_core.cli.new:new",
     "plugins": "attn_core.cli.plugins:plugins",
+    "report": "attn_core.cli.report:report",
     "show": "attn_core.cli.show:show",
 }
 
