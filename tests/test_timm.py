@@ -40,7 +40,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))  # pytest imports tests without their folder on it
 import timm_checks
 from timm_checks import bitwise, check, enabled, output_difference, run
-from timm_models import FAST, SEED, Arch, small
+from timm_models import BIAS, FAST, SEED, WINDOWS, Arch, small
 
 timm_checks.define_torchvision_ops()
 timm = pytest.importorskip("timm", reason="timm is not installed; nox -s timm has it", exc_type=ImportError)
@@ -158,6 +158,28 @@ def test_timms_own_relative_positions_compute_the_same_where_fused_attention_is_
     assert output_difference(ours, stock) <= timm_checks.OUTPUT_TOLERANCE
     vanishing = timm_checks.vanishing_gradients(module, x)  # that of a constant added to all logits
     assert timm_checks.gradient_difference(ours, stock, vanishing)[0] <= timm_checks.GRADIENT_TOLERANCE
+
+
+@pytest.mark.parametrize("arch", [arch for arch in FAST if arch.row in (BIAS, WINDOWS)], ids=str)
+def test_a_step_of_training_moves_every_parameter_as_it_does_in_timm(arch):
+    def step():
+        model = arch.build().train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        loss = model(arch.images()).square().sum()
+        loss.backward()
+        optimizer.step()
+        return model.state_dict()
+
+    start, stock = arch.build().state_dict(), step()
+    with enabled():
+        ours = step()
+    tables = [
+        name for name in stock if "relative_position_bias_table" in name or "shared_rel_pos.mlp.fc2.weight" in name
+    ]
+    assert tables
+    assert all(not torch.equal(stock[name], start[name]) for name in tables)
+    for name in stock:
+        assert (ours[name] - stock[name]).abs().max() <= 1e-5 * stock[name].abs().max().clamp(min=1.0), name
 
 
 # Dropout.
