@@ -16,7 +16,7 @@ from attn_core import Backward, Capabilities, Kernel, UnknownKernelError
 from attn_core.cli import main
 from attn_core.conformance import CHECKS, CheckResult, check_kernel
 from attn_core.conformance.cases import claimed_cases
-from attn_core.conformance.certificate import certificate, write
+from attn_core.conformance.certificate import certificate, read, strangeness, write
 from attn_core.conformance.isolated import check_isolated
 from attn_core.conformance.parametrize import parametrize_kernel_checks
 from attn_core.testing import HELLO, fake_distribution, importable
@@ -172,6 +172,60 @@ def test_a_certificate_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert {path: path.read_text() for path in tmp_path.iterdir()} == before
 
 
+@pytest.fixture
+def granted(tmp_path):
+    kernel = attn_core.kernels("torch/math")[0]
+    return write(certificate(kernel, "cpu", [row("agrees", proves="gqa")]), tmp_path)[0]
+
+
+def edited(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes), encoding="utf-8")
+
+
+def test_a_certificate_that_is_read_is_the_one_that_was_written_and_holds_where_nothing_has_changed(granted):
+    made = read(granted)
+    assert {"form": 1, "granted": True, **vars(made)} == json.loads(granted.read_text())
+    assert strangeness(made) == []
+    done = CliRunner().invoke(main, ["check", "--read", str(granted)])
+    assert (done.exit_code, "torch/math on cpu" in done.output) == (0, True), done.output
+
+
+def test_a_certificate_of_other_versions_says_which(granted):
+    machine = json.loads(granted.read_text())["machine"]
+    edited(granted, machine=machine | {"torch": "2.1.0"}, version="0.0.1")
+    done = CliRunner().invoke(main, ["check", "--read", str(granted)])
+    assert done.exit_code == 1
+    assert f"torch: 2.1.0 there, {torch.__version__} here" in done.output
+    assert "attn-core: 0.0.1 there" in done.output
+
+
+def test_a_certificate_of_a_kernel_that_failed_or_is_not_here_does_not_hold(granted):
+    edited(granted, failures=[row("agrees", "failed", reason="off").as_data()])
+    done = CliRunner().invoke(main, ["check", "--read", str(granted)])
+    assert done.exit_code == 1
+    assert "FAILED 1 rows" in done.output
+    edited(granted, kernel="gone/away")
+    assert strangeness(read(granted)) == ["gone/away is not installed here"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("no JSON", "it is no JSON"),
+        ("[]", "it has no form"),
+        ('{"form": 99}', "of form 99; this attn-core reads form 1"),
+        ('{"form": 1, "kernel": "a/b"}', "it has no distribution, version"),
+    ],
+    ids=["no JSON", "another file", "a later form", "cut off"],
+)
+def test_what_is_no_certificate_is_said_to_be_none(text, reason, tmp_path):
+    path = tmp_path / "file.json"
+    path.write_text(text, encoding="utf-8")
+    done = CliRunner().invoke(main, ["check", "--read", str(path)])
+    assert done.exit_code == 2
+    assert reason in " ".join(done.output.split())
+
+
 # The command, and pytest
 
 
@@ -202,9 +256,11 @@ def test_the_command_checks_a_plugin_and_writes_its_certificate(hello, tmp_path)
         (["check", "torch/flesh"], "Did you mean 'torch/flash'"),
         (["check", "torch/math", "--only", "agree"], "Did you mean 'agrees'"),
         (["check", "torch/math", "--all"], "not both"),
+        (["check", "torch/math", "--limit", "0"], "seconds are above 0"),
+        (["check", "torch/math", "--read", __file__], "--read runs nothing"),
         (["check", "torch/math", "--out", "/dev/null/certificates"], "cannot write into"),
     ],
-    ids=["nothing", "unknown kernel", "unknown check", "both", "unwritable"],
+    ids=["nothing", "unknown kernel", "unknown check", "both", "no time", "run and read", "unwritable"],
 )
 def test_the_command_says_what_is_wrong_with_its_arguments(arguments, text):
     done = CliRunner().invoke(main, arguments)

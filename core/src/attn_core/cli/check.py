@@ -32,7 +32,22 @@ from .console import console, table
     type=click.Path(file_okay=False, path_type=Path),
     help="Write certificates, a JSON file and a Markdown table each, into this folder.",
 )
-def check(names: tuple[str, ...], every: bool, device: str, only: str | None, limit: float, out: Path | None) -> None:
+@click.option(
+    "--read",
+    "files",
+    multiple=True,
+    type=click.Path(dir_okay=False, exists=True, path_type=Path),
+    help="Run nothing; say whether this certificate holds for what is installed here. Repeatable.",
+)
+def check(
+    names: tuple[str, ...],
+    every: bool,
+    device: str,
+    only: str | None,
+    limit: float,
+    out: Path | None,
+    files: tuple[Path, ...],
+) -> None:
     """Prove that kernels do what they declare.
 
     NAME is a kernel, a plugin, or a shell pattern. The problems are derived from the kernel's own declaration: each
@@ -45,12 +60,21 @@ def check(names: tuple[str, ...], every: bool, device: str, only: str | None, li
         attn check torch/flash --out certificates
         attn check "torch/*" --only agrees
         attn check --all
+        attn check --read certificates/hello-sdpa.cpu.json
     """
     from ..conformance.certificate import certificate, write
     from ..conformance.checks import CHECKS
     from ..conformance.isolated import check_isolated
 
+    if files:
+        if names or every or only or out:
+            raise click.UsageError("--read runs nothing: give no kernels, --all, --only or --out beside it")
+        sys.exit(_read(files))
+    if not limit > 0:
+        raise click.UsageError(f"--limit: seconds are above 0, got {limit:g}")
     kernels = _chosen(names, every)
+    if not kernels:
+        raise click.UsageError("there are no kernels: `attn plugins` says why")
     if only is not None and only not in CHECKS:
         raise click.UsageError(f"--only: no check {only!r}.{suggestion(only, CHECKS)} There are {', '.join(CHECKS)}")
     if out is not None:
@@ -83,6 +107,27 @@ def check(names: tuple[str, ...], every: bool, device: str, only: str | None, li
                 console().print(f"wrote {path}")
     console().print(shown)
     sys.exit(1 if failed else 0)
+
+
+def _read(files: tuple[Path, ...]) -> int:
+    """Says of each certificate whether it holds here; 1 where one does not."""
+    from ..conformance.certificate import read, strangeness
+
+    code = 0
+    for file in files:
+        try:
+            certificate = read(file)
+        except (ValueError, OSError) as error:
+            raise click.UsageError(f"--read: {error}") from error
+        other = strangeness(certificate)
+        said = "holds what it declares" if certificate.granted else f"FAILED {len(certificate.failures)} rows"
+        console().print(f"{certificate.kernel} on {certificate.device}, {certificate.when[:10]}: {said}")
+        if other:
+            console().print("  it was made elsewhere, and says nothing of what is installed here:")
+            for line in other:
+                console().print(f"    {line}")
+        code = max(code, 1 if other or not certificate.granted else 0)
+    return code
 
 
 def _chosen(names: tuple[str, ...], every: bool) -> list[Kernel]:

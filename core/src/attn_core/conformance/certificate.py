@@ -167,5 +167,37 @@ def write(certificate: Certificate, folder: Path) -> list[Path]:
     return list(texts)
 
 
+def read(path: Path) -> Certificate:
+    """The certificate in a JSON file. Raises ValueError, which says what it is instead, OSError where there is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no certificate: it is no JSON ({error})") from error
+    names = [field.name for field in fields(Certificate)]
+    if not isinstance(data, dict) or "form" not in data:
+        raise ValueError(f"{path} is no certificate: it has no form")
+    if data["form"] != FORM:
+        raise ValueError(f"{path} is a certificate of form {data['form']!r}; this attn-core reads form {FORM}")
+    missing = [name for name in names if name not in data]
+    if missing:
+        raise ValueError(f"{path} is no whole certificate: it has no {', '.join(missing)}")
+    return Certificate(**{name: data[name] for name in names})
+
+
+def strangeness(certificate: Certificate) -> list[str]:
+    """What is another here than where it was made, a line each: it says nothing of these; none where it holds."""
+    if certificate.kernel not in {kernel.name for kernel in registry.kernels()}:
+        return [f"{certificate.kernel} is not installed here"]
+    plugin = next((plugin for plugin in registry.plugins() if certificate.kernel in plugin.kernels), None)
+    if certificate.device == "cuda" and not torch.cuda.is_available():
+        return ["it is for cuda, and there is no CUDA device here"]
+    made = certificate.machine | {certificate.distribution: certificate.version}
+    here = machine(certificate.device)
+    if plugin is not None:
+        here |= {plugin.distribution: plugin.version}
+    names = [name for name in {**made, **here} if made.get(name) != here.get(name)]
+    return [f"{name}: {made.get(name) or 'none'} there, {here.get(name) or 'none'} here" for name in names if name]
+
+
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")[:200]
