@@ -304,12 +304,12 @@ def test_a_compiled_model_is_one_graph_and_goes_back_when_attn_is_disabled(name)
 
 
 @pytest.mark.parametrize("name", ["flux", "stable-diffusion-3", "wan"])
-def test_a_model_compiled_by_inductor_trains_as_stock_does(name):
+def test_a_compiled_model_trains_as_stock_does(name):
     expected, expected_gradients = run(name)
     enable()
     model, inputs = MODELS[name]()
     model.train()
-    out = torch.compile(model, fullgraph=True)(**inputs).sample
+    out = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs).sample
     out.square().mean().backward()
     torch.testing.assert_close(out.detach(), expected, atol=ATOL, rtol=0)
     for parameter, value in model.named_parameters():
