@@ -178,6 +178,14 @@ def downstream(session: nox.Session) -> None:
 
 
 @nox.session
+def conformance(session: nox.Session) -> None:
+    """Hold the built-in kernels to all that they declare, minutes each; arguments go to `attn check`."""
+    install_torch(session)
+    install(session, "-e", "core")
+    session.run("attn", "check", *(session.posargs or ["--all"]), env=ONE_THREAD)
+
+
+@nox.session
 def saboteurs(session: nox.Session) -> None:
     """Print which check catches which wrong kernel; fails where one gets through."""
     install_torch(session)
@@ -230,7 +238,12 @@ def timm(session: nox.Session) -> None:
     install(session, "-e", "core[test]", "huggingface_hub", "safetensors", "pyyaml")
     install(session, "--no-deps", *TIMM)
     session.run("python", "-c", "import importlib.util as u; assert u.find_spec('timm')")  # else tests are skipped
-    everything = ("tests/test_timm.py", "tests/test_timm_report.py", "tests/timm_every_model.py")
+    everything = (
+        "tests/test_timm.py",
+        "tests/test_timm_bench.py",
+        "tests/test_timm_report.py",
+        "tests/timm_every_model.py",
+    )
     session.run("pytest", *(session.posargs or everything), env=OFFLINE | ONE_THREAD)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import attn_core
 import pytest
 import torch
-from attn_core import adapt, dispatch, environment, errors, known_bad, select
+from attn_core import adapt, bench_model, dispatch, environment, errors, known_bad, select
 from attn_core.capabilities import Capabilities
 from attn_core.cli.group import BUILT_IN, main
 from attn_core.conformance import CheckResult
@@ -319,6 +319,15 @@ def test_every_key_that_a_command_prints_as_json_is_documented(command, alone):
     assert keys <= keys_in(text)
     if command == "doctor":
         assert {key for finding in printed["findings"] for key in finding} <= keys_in(text)
+
+
+def test_every_key_of_the_json_of_bench_model_is_documented():
+    keys = {
+        field.name
+        for record in (bench_model.Measured, bench_model.Row, bench_model.Difference)
+        for field in fields(record)
+    }
+    assert keys <= keys_in(section(reference("cli.md"), "attn bench-model"))
 
 
 def commands_in(text):

@@ -21,6 +21,7 @@ GROUP = "attn.commands"
 
 #: The commands of the core: name -> "module:object".
 BUILT_IN = {
+    "bench-model": "attn_core.cli.bench_model:bench_model",
     "cache": "attn_core.cli.cache:cache",
     "calibrate": "attn_core.cli.calibrate:calibrate",
     "check": "attn_core.cli.check:check",
