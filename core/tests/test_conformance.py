@@ -72,6 +72,17 @@ def test_a_saboteur_is_caught_by_the_check_for_it(name):
     assert all(result.reason for result in results if result.status != "passed")
 
 
+HONESTY = [name for name, check in CHECKS.items() if check.group == "honesty"]
+
+
+@pytest.mark.parametrize("check", HONESTY)
+@pytest.mark.parametrize("name", ["torch/flash", "torch/flex", "torch/math", "torch/reference", "torch/tiled"])
+def test_a_built_in_kernel_says_what_it_takes_and_refuses_the_rest(name, check):
+    results = check_kernel(name, only=check)
+    assert all(results), told(results)
+    assert results
+
+
 def test_every_field_that_can_be_declared_has_a_check():
     checked = {field for check in CHECKS.values() if check.group in ("numbers", "contract") for field in check.fields}
     names = [field.name for field in fields(Capabilities)]
