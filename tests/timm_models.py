@@ -21,6 +21,7 @@ class Arch:
     size: int = 224
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     fast: bool = False
+    seed: int = SEED  #: of the images
     redirected: bool = True  #: False: its attention never goes through scaled_dot_product_attention
 
     def __str__(self) -> str:
@@ -40,7 +41,7 @@ class Arch:
         return normalized(model, self.images())
 
     def images(self, batch: int = 2) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(SEED)
+        generator = torch.Generator().manual_seed(self.seed)
         return torch.randn(batch, 3, self.size, self.size, generator=generator)
 
 
@@ -107,7 +108,8 @@ ARCHS = (
     Arch("samvit_base_patch16_224", THREE, **small(depth=2, global_attn_indexes=(1,)), fast=True),
     Arch("tiny_vit_5m_224", LOWER, size=224, kwargs={"depths": (1, 1, 1, 1)}, fast=True),
     Arch("twins_svt_small", FIVE, size=224, kwargs={"depths": (1, 1, 1, 1)}),
-    Arch("nest_tiny", FIVE),
+    # With others, two pixels under its max pool are so near that rounding decides which one gets the gradient.
+    Arch("nest_tiny", FIVE, seed=2),
     Arch("hiera_tiny_224", FIVE, size=224, kwargs={"stages": (1, 1, 1, 1)}, fast=True),
     Arch("hieradet_small", FIVE),
     Arch("twins_pcpvt_small", SHORT, size=128, kwargs={"depths": (1, 1, 1, 1)}),
