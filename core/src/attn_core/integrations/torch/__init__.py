@@ -26,7 +26,7 @@ from .swap import Swap, swap
 
 __all__ = ["TESTED", "Swap", "disable", "enable", "is_enabled", "redirect_sdpa", "swap"]
 
-#: Versions of torch that the tests run.
+#: Versions of torch that the tests run. Compiled functions follow from 2.13 on; before, they may keep what they had.
 TESTED = ">=2.9,<2.14"
 
 _lock = threading.Lock()
