@@ -298,6 +298,10 @@ def test_a_model_that_cannot_be_run_costs_no_figures_of_the_others(tmp_path):
     assert not figures.exists()
 
 
+def test_a_setting_that_the_model_does_not_know_is_no_setting():
+    assert "'num_hidden_layers'" in attn("llama", "--set", "num_hiden_layers=1", exit_code=2)
+
+
 @pytest.fixture
 def nothing_is_built(monkeypatch):
     def built(*_):

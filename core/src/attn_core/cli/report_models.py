@@ -119,6 +119,11 @@ def _build_timm(name: str, wanted: Wanted) -> nn.Module:
 def _build_transformers(name: str, wanted: Wanted) -> nn.Module:
     transformers = need("transformers", "attn report", FIXES["transformers"])
     transformers.logging.set_verbosity_error()
+    default = transformers.AutoConfig.for_model(name)
+    for field in wanted.settings:  # a configuration keeps whatever it is given, and the model would not hear of it
+        if not hasattr(default, field):
+            near = suggestion(field, default.to_dict())
+            raise InputError(f"the configuration of {name} has no field {field!r}.{near}")
     config = transformers.AutoConfig.for_model(name, **wanted.settings)
     _check_memory(lambda: transformers.AutoModel.from_config(config), name, wanted)
     model: nn.Module = transformers.AutoModel.from_config(config)
