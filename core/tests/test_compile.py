@@ -12,6 +12,7 @@ from attn_core import (
     Capabilities,
     Causal,
     Cost,
+    InputError,
     Kernel,
     KeyPadding,
     Refusal,
@@ -340,3 +341,13 @@ def test_a_limit_of_a_kernel_on_the_scale_holds_in_a_graph(scale, dynamic):
     inputs = operands()
     traced, _ = compiled(lambda q, k, v, s: attention(q, k, v, Causal(), scale=s), dynamic=dynamic)
     torch.testing.assert_close(traced(*inputs, scale), attention(*inputs, Causal(), scale=scale))
+
+
+def test_a_call_is_not_traced_because_another_thread_compiles(monkeypatch):
+    """torch says that it compiles by a flag of the whole process."""
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    assert torch.compiler.is_compiling()
+    x = torch.randn(2, 6, 4, 8)
+    assert not explain(x, x, x).problem.compiling
+    with pytest.raises(InputError, match="lengths must lie in"):
+        attention(x, x, x, KeyPadding(torch.tensor([3, 7])))

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from .bias import AttnBias, as_bias
 from .errors import InputError, InputTypeError
 from .problem import Problem
-from .tracing import constant
+from .tracing import constant, is_traced
 
 HEADS_LAST = 2
 HEADS_FIRST = 1
@@ -76,7 +76,7 @@ def examine(
         bound = check_bias(bound, batch, num_heads, seqlen_q, seqlen_kv, query.device)
         if bound is not None and bound.paged is not None:
             bound.paged.check_pages(key.shape[0])
-        if bound is not None and not torch.compiler.is_compiling():
+        if bound is not None and not is_traced():
             bound.check_rule()
     grad = torch.is_grad_enabled()
     device = query.device
@@ -100,7 +100,7 @@ def examine(
         bias_requires_grad=grad and bound is not None and bound.requires_grad,
         deterministic=torch.are_deterministic_algorithms_enabled(),
         forward_ad=operator.index(forward_ad._current_level) >= 0,
-        compiling=torch.compiler.is_compiling(),
+        compiling=is_traced(),
         strided_head_dim=_strided(query) or _strided(key) or _strided(value),
     )
     return problem, bound

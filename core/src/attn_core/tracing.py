@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
+
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def is_traced() -> bool:
+    """Whether this call is being traced, by dynamo or as torch.export does without it.
+
+    torch.compiler.is_compiling() alone is true for every thread while any of them compiles. Tracing without dynamo
+    happens in modes of dispatch, which are a thread's own.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
 
 
 def constant(function: Function) -> Function:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .bias import AttnBias
+from .tracing import is_traced
 
 #: Bytes that may be held for this.
 LIMIT = 64 << 20
@@ -25,7 +26,7 @@ _lock = threading.Lock()
 def written_out(bias: AttnBias, device: torch.device, dtype: torch.dtype) -> Tensor:
     """`bias.checked_dense(device, dtype)`, which nobody may write into."""
     # In a graph it is a constant of the graph; what is made in inference mode cannot be saved for a backward.
-    if bias.holds_data or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+    if bias.holds_data or is_traced() or torch.is_inference_mode_enabled():
         return bias.checked_dense(device, dtype)
     key = bias.key, device, dtype
     with _lock:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, InputTypeError
+from ..tracing import is_traced
 from .base import Mask, known
 from .causal import Causal
 from .key_padding import KeyPadding
@@ -166,7 +167,7 @@ def _are_ints(values: Any, rank: int) -> bool:
 
 def is_readable(tensor: Tensor) -> bool:
     """Whether its values can be looked at now: those on a device must be waited for, and a traced tensor has none."""
-    return type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return type(tensor) is Tensor and tensor.device.type == "cpu" and not is_traced()
 
 
 def check_seqlens(kind: str, seqlens_kv: Tensor, seqlen_kv: int) -> None:

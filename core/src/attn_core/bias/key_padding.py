@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, InputTypeError
+from ..tracing import is_traced
 from .base import Mask, Rule
 
 
@@ -80,7 +81,7 @@ class KeyPadding(Mask):
     def bind(self, seqlen_q: int, seqlen_kv: int) -> KeyPadding:
         self._check_rebind(seqlen_q, seqlen_kv)
         # Reading values on a CUDA device would wait for it, and a traced tensor has none.
-        if type(self.seqlens) is Tensor and self.seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        if type(self.seqlens) is Tensor and self.seqlens.device.type == "cpu" and not is_traced():
             for length in self.seqlens.tolist():
                 if not 0 <= length <= seqlen_kv:
                     raise InputError(

@@ -18,6 +18,7 @@ from ..capabilities import ANY_DIM, Backward, Capabilities, Refusal
 from ..cost import Cost
 from ..kernel import Kernel
 from ..problem import Problem
+from ..tracing import is_traced
 from .flex_forms import block_mask_of, score_mod_of
 from .measured import MEASURED
 
@@ -35,7 +36,7 @@ def run(
     """Heads-first: `[batch, num_heads, seqlen, head_dim]`."""
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention  # about a second: it loads dynamo
 
-    tracing = torch.compiler.is_compiling()
+    tracing = is_traced()
     if not query.is_cuda:  # forward only there: it refuses what requires a gradient, even under no_grad
         query, key, value = query.detach(), key.detach(), value.detach()
     flex: Any = flex_attention if tracing or not query.is_cuda else _compiled()

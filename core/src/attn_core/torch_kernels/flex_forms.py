@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..bias import AttnBias, BlockMask, Mask, TensorBias
 from ..bias.blocks import blocks_of
+from ..tracing import is_traced
 from .dense import additive, of_rank_four
 
 SIZE = 128  #: the fused kernels' blocks divide it
@@ -31,7 +32,7 @@ def block_mask_of(mask: Mask, device: torch.device) -> Any:
         if mask.full is not None:
             full = blocks & _of_rank_four(mask.full.to(device))
         return _assembled(blocks, full, mask, mask.block_size, rule)
-    if torch.compiler.is_compiling():
+    if is_traced():
         seqlen_q, seqlen_kv = mask.bound_lengths()
         batch, num_heads = (None if size == 1 else size for size in mask.batch_and_heads)
         return create_block_mask(rule, batch, num_heads, seqlen_q, seqlen_kv, device=device)

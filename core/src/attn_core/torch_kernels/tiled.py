@@ -17,13 +17,13 @@ from ..capabilities import ANY_DEVICE, ANY_DIM, Backward, Capabilities, Refusal
 from ..cost import Cost
 from ..kernel import Kernel
 from ..problem import Problem
+from ..tracing import is_traced
 from .measured import MEASURED
 from .tiling import traced, traced_scores
 from .tiling.function import Tiled
 from .tiling.scores import Scores
 from .tiling.work import work
 
-_is_compiling = torch.compiler.is_compiling
 _modes_of_dispatch = torch._C._len_torch_dispatch_stack
 
 
@@ -35,9 +35,9 @@ def run(
     if scale <= 0:  # the dense kernels with a causal mask do so before they scale: 0 * -inf is NaN
         query, scale = (query * 0, 1.0) if scale == 0 else (-query, -scale)
     rules = () if bias is None else bias.scores
-    if _is_compiling() and rules:
+    if is_traced() and rules:
         out, lse = traced_scores.tiled(query, key, value, mask, rules, scale)
-    elif _is_compiling() or (_modes_of_dispatch() and not rules and traced.can_be_written(mask)):
+    elif is_traced() or (_modes_of_dispatch() and not rules and traced.can_be_written(mask)):
         out, lse = traced.tiled(query, key, value, mask, scale)  # fake tensors have no tables
     else:
         scores = Scores(rules) if rules else None  # type: ignore[arg-type]
