@@ -133,7 +133,7 @@ def test_a_library_that_is_missing_or_broken_is_named_with_the_line_to_type(monk
 
     monkeypatch.setitem(report_models.NAMES, "timm", broken)
     told = failed("vit_base_patch16_224")
-    assert "attn report needs timm, which cannot be imported (OSError: a stale library)." in told
+    assert "a model of timm needs timm, which cannot be imported (OSError: a stale library)." in told
     assert 'To install it: pip install "timm' in told
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "timm", None)

@@ -71,17 +71,17 @@ def _names(library: str) -> list[str]:
         raise
     except Exception as error:  # a stale extension module raises anything
         raise MissingPackageError(
-            f"attn report needs {library}, which cannot be imported ({_first_line(error)}).\n"
+            f"a model of {library} needs {library}, which cannot be imported ({_first_line(error)}).\n"
             f"To install it: {FIXES[library]}"
         ) from error
 
 
 def _names_of_timm() -> list[str]:
-    return list(need("timm", "attn report of timm's models", FIXES["timm"]).list_models())
+    return list(need("timm", "a model of timm", FIXES["timm"]).list_models())
 
 
 def _names_of_transformers() -> list[str]:
-    auto = need("transformers.models.auto.modeling_auto", "attn report", FIXES["transformers"])
+    auto = need("transformers.models.auto.modeling_auto", "a model of transformers", FIXES["transformers"])
     return sorted(auto.MODEL_MAPPING_NAMES)
 
 
@@ -103,7 +103,7 @@ def build(library: str, wanted: Wanted) -> nn.Module:
 
 
 def _build_timm(name: str, wanted: Wanted) -> nn.Module:
-    timm = need("timm", "attn report", FIXES["timm"])
+    timm = need("timm", "a model of timm", FIXES["timm"])
     sized: list[dict[str, Any]] = [{}] if wanted.size is None else [{"img_size": wanted.size}, {}]
     for options in sized:
         try:
@@ -117,7 +117,7 @@ def _build_timm(name: str, wanted: Wanted) -> nn.Module:
 
 
 def _build_transformers(name: str, wanted: Wanted) -> nn.Module:
-    transformers = need("transformers", "attn report", FIXES["transformers"])
+    transformers = need("transformers", "a model of transformers", FIXES["transformers"])
     transformers.logging.set_verbosity_error()
     default = transformers.AutoConfig.for_model(name)
     for field in wanted.settings:  # a configuration keeps whatever it is given, and the model would not hear of it
@@ -197,7 +197,7 @@ def _of_config(model: nn.Module, wanted: Wanted) -> dict[str, Tensor]:
         if "decoder_input_ids" in taken:
             made["decoder_input_ids"] = torch.randint(0, _size(config, "vocab_size", 1000), (wanted.batch, 4))
     if main not in made:
-        raise InputError(f"attn report makes tokens, images and sound; {type(model).__name__} takes {main!r}")
+        raise InputError(f"inputs are made of tokens, images and sound; {type(model).__name__} takes {main!r}")
     return {name: tensor for name, tensor in made.items() if name in taken or "kwargs" in taken}
 
 
