@@ -186,14 +186,6 @@ def conformance(session: nox.Session) -> None:
 
 
 @nox.session
-def conformance(session: nox.Session) -> None:
-    """Hold the built-in kernels to all that they declare, minutes each; arguments go to `attn check`."""
-    install_torch(session)
-    install(session, "-e", "core")
-    session.run("attn", "check", *(session.posargs or ["--all"]), env=ONE_THREAD)
-
-
-@nox.session
 def saboteurs(session: nox.Session) -> None:
     """Print which check catches which wrong kernel; fails where one gets through."""
     install_torch(session)
