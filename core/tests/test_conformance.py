@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import warnings
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -277,6 +278,26 @@ def test_the_command_says_what_is_wrong_with_its_arguments(arguments, text):
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 2
     assert text in done.output
+
+
+NO_KERNELS = "import attn_core\n@attn_core.hookimpl\ndef attn_kernels():\n    return []\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [(NO_KERNELS, "plugin 'hello' yields no kernels"), ("import nowhere\n", "plugin 'hello' is broken: ")],
+    ids=["none are offered", "its import fails"],
+)
+def test_the_command_says_why_a_plugin_has_no_kernels(tmp_path, source, text):
+    with importable(tmp_path / "site"):
+        fake_distribution(tmp_path / "site", source=source)
+        attn_core.refresh()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", attn_core.PluginWarning)
+            done = CliRunner().invoke(main, ["check", "hello"])
+    attn_core.refresh()
+    assert done.exit_code != 0
+    assert text in done.output + str(done.exception)
 
 
 def pytest_run(*arguments, cwd):
