@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import pytest
 
 SAID = "said"
+
+if find_spec("numpy") is None:  # of which torch warns at import; what processes write to stderr is looked at
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:Failed to initialize NumPy:UserWarning")
 
 
 @pytest.fixture

@@ -173,6 +173,7 @@ def test_what_is_read_from_a_picture_is_in_its_pixels():
     same_colours(read(data)[0].colours, kept.expand(1, 1, 3))
 
 
+@needs_matplotlib
 def test_a_mask_has_two_colours_and_scores_have_shades_between_the_least_and_the_most():
     rgb, scale = painted(torch.tensor([[0.0, -INF]], dtype=torch.float64))
     assert scale is None
@@ -258,6 +259,8 @@ USER_ERRORS = {
 
 @pytest.mark.parametrize("case", USER_ERRORS)
 def test_a_users_error_is_a_message_and_nothing_is_drawn(case, tmp_path, monkeypatch):
+    if case == "a picture of too many cells":  # that there is no matplotlib is said first
+        pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     flags, message = USER_ERRORS[case]
     said = words(attn(*flags, exit_code=2))
