@@ -1,0 +1,107 @@
+"""A fused call: checks its arguments, flattens the axes, and asks the core; additional keys are a second attention.
+
+    logits = scale * query · key + rpb             in the neighborhood
+    logits = scale * query · additional key        for every query
+
+One softmax over both: their two attentions are joined by the core's `merge`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import attn_core
+import torch
+from attn_core import AttnBias, RelPosTable, merge
+from attn_core.errors import InputError, InputTypeError
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..arguments import check_additional, check_heads_last, check_rpb, has_tangents
+from ..backends import FNA, kernel_of
+from ..errors import UnsupportedError
+from ..plain import attention as plain_attention
+from .remembered import Known, known, look_at
+
+_is_tracing = torch.compiler.is_dynamo_compiling
+
+#: What the attention to additional keys is not asked by `attention_kwargs`: a fused call settles it.
+SETTLED = ("query", "key", "value", "is_causal", "scale", "return_lse")
+
+
+def neighborhood_attention(
+    rank: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: Any,
+    stride: Any,
+    dilation: Any,
+    is_causal: Any,
+    rpb: Tensor | None,
+    scale: float | None,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    backend: str | None,
+    return_lse: bool,
+    attention_kwargs: Mapping[str, Any] | None,
+) -> Any:
+    """`na1d`, `na2d` and `na3d`, which say what these are."""
+    find = look_at if _is_tracing() else known  # a graph cannot look up shapes
+    found = find(rank, query, key, value, kernel_size, stride, dilation, is_causal)
+    bias = found.bias if rpb is None else with_rpb(found, query, rpb)
+    has_more = False
+    if additional_keys is not None or additional_values is not None:
+        has_more = check_additional(additional_keys, additional_values, key, value)
+    if forward_ad._current_level >= 0:
+        refuse_tangents(query, key, value, rpb, additional_keys, additional_values)
+    kernel = None if backend is None else kernel_of(backend, FNA)
+    q, k, v = query, key, value
+    if rank > 1:
+        q, k, v = q.flatten(1, rank), k.flatten(1, rank), v.flatten(1, rank)
+    try:
+        if not (return_lse or has_more):
+            out = attn_core.attention(q, k, v, bias, scale=scale, kernel=kernel)
+            return out if rank == 1 else out.view(found.out)
+        out, lse = attn_core.attention(q, k, v, bias, scale=scale, return_lse=True, kernel=kernel)
+    except (InputError, InputTypeError):
+        check_heads_last(query, key, value, rank)  # dtypes and devices, which `known` does not look at
+        raise
+    if has_more:
+        assert additional_keys is not None  # has_more says so
+        assert additional_values is not None
+        more = to_additional(q, additional_keys, additional_values, scale, attention_kwargs)
+        out, lse = merge((out, more[0]), (lse, more[1]))
+    out = out.view(found.out)
+    return (out, lse.transpose(1, 2).reshape(found.out[:-1])) if return_lse else out
+
+
+def with_rpb(found: Known, query: Tensor, rpb: Tensor) -> AttnBias:
+    """The neighborhood, and what `rpb` adds within it. Raises what `check_rpb` does."""
+    meant = found.neighborhood
+    check_rpb(rpb, query.shape[-2], meant.kernel_size, meant.is_causal)
+    table = RelPosTable(rpb.to(query.dtype), meant.extents, meant.dilation)
+    return table if found.bias is None else table + found.bias
+
+
+def to_additional(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float | None, options: Mapping[str, Any] | None
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of every query's attention to the additional keys; operands `[batch, length, num_heads, head_dim]`."""
+    if not options:
+        return attn_core.attention(query, keys, values, scale=scale, return_lse=True)
+    for name in SETTLED:
+        if name in options:
+            raise InputError(f"attention_kwargs: takes options of attention() other than {name!r}, got {options!r}")
+    out, lse = plain_attention(query, keys, values, scale=scale, return_lse=True, **options)
+    return out, lse.transpose(1, 2)
+
+
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """Raises UnsupportedError where one of them carries a tangent of forward-mode differentiation."""
+    if has_tangents(*[tensor for tensor in tensors if tensor is not None]):
+        raise UnsupportedError(
+            "query, key, value: a fused call takes no tangents of forward-mode differentiation; na1d_qk, na1d_av and"
+            " their kind, the unfused operations, do"
+        )
