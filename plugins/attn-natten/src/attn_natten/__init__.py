@@ -6,12 +6,20 @@ Asking which kernels the plugin offers imports this package, so each name below 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 __version__ = "0.1.0"
 
 #: Module -> the public names that it defines.
 _DEFINED_IN = {
+    "errors": (
+        "ConstraintError",
+        "UnsupportedError",
+        "UnknownBackendError",
+        "NonDeterministicError",
+        "DeviceError",
+        "NoEffectWarning",
+    ),
     "modules": ("NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"),
     "fused": ("na1d", "na2d", "na3d"),
     "plain": ("attention",),
@@ -42,7 +50,19 @@ _DEFINED_IN = {
         "enable_tf32",
         "disable_tf32",
     ),
-    "switches.flex": ("use_flex_attention", "force_flex_attention", "is_flex_attention_enabled"),
+    "switches.flex": (
+        "use_flex_attention",
+        "force_flex_attention",
+        "is_flex_attention_enabled",
+        "is_flex_attention_forced",
+        "allow_flex_compile",
+        "allow_flex_compile_backprop",
+        "disable_flex_compile",
+        "disable_flex_compile_backprop",
+        "is_flex_compile_allowed",
+        "is_flex_compile_backprop_allowed",
+    ),
+    "switches.strict": ("use_strict_checks", "are_strict_checks_enabled"),
     "machine": (
         "get_device_cc",
         "has_cuda",
@@ -72,12 +92,16 @@ _DEFINED_IN = {
         "na_av_flop_count",
     ),
 }
+#: As of NATTEN, `attn_natten.functional.na2d` needs no other import than that of the package.
+_MODULES = ("functional", "switches", "utils")
 _HOME = {name: module for module, names in _DEFINED_IN.items() for name in names}
 
-__all__ = ["__version__", *_HOME]  # noqa: PLE0604
+__all__ = ["__version__", *_MODULES, *_HOME]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_HOME[name]}", __name__), name)

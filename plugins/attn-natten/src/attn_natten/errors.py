@@ -20,6 +20,10 @@ class UnsupportedError(AttnError, NotImplementedError):
     """
 
 
+class UnknownBackendError(InputError, NotImplementedError):
+    """A `backend=` that nobody knows; NATTEN raises NotImplementedError for it."""
+
+
 class NonDeterministicError(AttnError, RuntimeError):
     """Something whose results may differ from run to run was asked for in the deterministic mode of this package."""
 
