@@ -63,12 +63,12 @@ def flat(point, extents) -> int:
     return index
 
 
-def offsets(extents, kernel, dilation=1) -> Tensor:
+def offsets(extents, kernel, dilation=1, stride=1) -> Tensor:
     """`[prod(extents), prod(kernel)]`: the flat index into a table of relative positions, for no causal axis."""
     rank = len(extents)
-    kernel, dilation = each(kernel, rank), each(dilation, rank)
+    kernel, dilation, stride = each(kernel, rank), each(dilation, rank), each(stride, rank)
     sizes = [2 * width - 1 for width in kernel]
-    axes = [neighbors(*axis) for axis in zip(extents, kernel, dilation)]
+    axes = [neighbors(*axis) for axis in zip(extents, kernel, dilation, stride)]
     table = []
     for query in product(*map(range, extents)):
         row = []
@@ -87,7 +87,7 @@ def qk(query, key, kernel, dilation=1, causal=False, stride=1, additional_keys=N
     k = key.double().reshape(batch, heads, prod(extents), dim)
     weights = (q.unsqueeze(-2) * k[:, :, table.clamp(min=0)]).sum(-1)
     if rpb is not None:
-        weights = weights + rpb.double().flatten(1)[:, offsets(extents, kernel, dilation)]
+        weights = weights + rpb.double().flatten(1)[:, offsets(extents, kernel, dilation, stride)]
     weights = weights.masked_fill(table == MASKED, -inf)
     if additional_keys is not None:
         weights = torch.cat([weights, (q.unsqueeze(-2) * additional_keys.double().unsqueeze(-3)).sum(-1)], dim=-1)
