@@ -7,9 +7,12 @@ What is generated is marked in the documents:
 
 - a code block "python run" is run, all those of one page in one namespace;
 - a code block "text output" is what the block run before it printed;
-- a code block "python signature NAME" is the signature of that public name;
+- a code block "python signature NAME" is the signature of that public name, "PACKAGE.NAME" that of a plugin's;
 - a code block "toml file PATH", or of another language, is that file of the project that `attn new attn-hello` writes;
 - what lies between `<!-- generated: NAME -->` and `<!-- end -->` is the table of that name.
+
+Only the built-in plugin takes part, and those whose packages a document uses. A document is left as it is where one of
+them is not installed, and that is said.
 
 The tests compare the documents with what this would write, but for seconds, and for the rows of kernels that depend on
 how torch was built.
@@ -19,11 +22,14 @@ from __future__ import annotations
 
 import inspect
 import io
+import os
 import re
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +56,51 @@ THREADS = 2
 
 
 def documents() -> list[Path]:
-    return [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+    return [ROOT / "README.md", *sorted(DOCS.rglob("*.md")), *sorted(ROOT.glob("plugins/*/README.md"))]
+
+
+# Plugins
+
+
+@cache
+def packages() -> dict[str, str]:
+    """Package -> distribution, of the plugins of this repository, installed or not."""
+    return {path.parent.name: path.parts[-4] for path in ROOT.glob("plugins/*/src/*/__init__.py")}
+
+
+def needed(text: str) -> list[str]:
+    """The packages of plugins that what is generated in `text` needs."""
+    generated = "".join(match[0] for match in FENCE.finditer(text)) + str(re.findall(r"<!-- generated: (.+) -->", text))
+    return sorted(name for name in packages() if re.search(rf"\b{name}\b", generated))
+
+
+def missing(text: str) -> list[str]:
+    """The distributions among those that `needed` names that are not installed."""
+    return [packages()[name] for name in needed(text) if not _is_installed(packages()[name])]
+
+
+def _is_installed(distribution: str) -> bool:
+    return any(True for _ in metadata.distributions(name=distribution))
+
+
+@contextmanager
+def alone_with(names: list[str]) -> Iterator[None]:
+    """The built-in plugin, and those of these packages."""
+    points = (point for name in names for point in metadata.distribution(packages()[name]).entry_points)
+    before = os.environ.get("ATTN_PLUGINS")
+    os.environ["ATTN_PLUGINS"] = ",".join(point.name for point in points if point.group == "attn.plugins")
+    attn_core.refresh()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["ATTN_PLUGINS"]
+        else:
+            os.environ["ATTN_PLUGINS"] = before
+        attn_core.refresh()
+
+
+# Documents
 
 
 def written(text: str) -> str:
@@ -61,7 +111,8 @@ def written(text: str) -> str:
     threads = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     try:
-        return _written(text)
+        with alone_with(needed(text)):
+            return _written(text)
     finally:
         torch.set_num_threads(threads)
 
@@ -92,11 +143,15 @@ def _written(text: str) -> str:
 
 
 def signature(name: str) -> str:
-    """The signature of a public name, or "Class.method", as it is written in a source file."""
-    owner, _, method = name.partition(".")
+    """The signature of a public name, "Class.method", or "package.name" of a plugin, as it is in a source file."""
+    owner, _, member = name.partition(".")
     homes: list[Any] = [attn_core, hookspecs, conformance]
-    target: Any = next(home for home in homes if hasattr(home, owner))
-    target = getattr(getattr(target, owner), method) if method else getattr(target, owner)
+    if owner in packages():
+        homes, name = [import_module(owner)], member
+        owner, _, member = name.partition(".")
+    target: Any = getattr(next(home for home in homes if hasattr(home, owner)), owner)
+    if member:
+        target = getattr(target, member)
     signed = inspect.signature(target)
     parameters = [p for p in signed.parameters.values() if p.name != "self"]
     texts, star = [], False
@@ -145,11 +200,11 @@ def kernels() -> list[Kernel]:
     return sorted(attn_kernels(), key=lambda kernel: kernel.name)
 
 
-def kernels_in_short() -> list[list[str]]:
-    """One row per kernel of the built-in plugin and group of devices."""
+def kernels_in_short(plugin: str = "") -> list[list[str]]:
+    """One row per kernel of a plugin, by default the built-in one, and group of devices."""
     rows = [["kernel", "device", "dtypes", "biases", "also", "gradients"]]
     options = {"gqa": "GQA", "softcap": "softcap", "dropout": "dropout", "return_lse": "LSE"}
-    for kernel in kernels():
+    for kernel in attn_core.kernels(f"{plugin}/*") if plugin else kernels():
         for declared in kernel.declarations:
             backward = declared.backward
             gradients = []
@@ -244,6 +299,28 @@ def fields_of(name: str) -> list[list[str]]:
     return rows
 
 
+def names_in(module: str) -> list[list[str]]:
+    """The public names of a plugin's package that are defined in one of its modules, as they are called."""
+    package: Any = import_module(module.partition(".")[0])
+    rows = [["name", "what it is"]]
+    for name in package.__all__:
+        value = getattr(package, name)
+        home = getattr(value, "__module__", package.__name__) or ""
+        if f"{home}.".startswith(f"{module}."):
+            summary, _, _ = (inspect.getdoc(value) or "").partition("\n\n")
+            rows.append([f"`{name}{_called(value)}`", " ".join(summary.split()).rstrip(".")])
+    return rows
+
+
+def _called(value: Any) -> str:
+    """The arguments of a function, with their defaults, without types."""
+    if not inspect.isroutine(value):
+        return ""
+    given = inspect.signature(value)
+    bare = [parameter.replace(annotation=parameter.empty) for parameter in given.parameters.values()]
+    return str(given.replace(parameters=bare, return_annotation=given.empty)).replace("'", '"')
+
+
 #: What the source leaves to be understood.
 MEANINGS = {
     "Problem.batch": "batch entries; 0 is legal",
@@ -307,8 +384,9 @@ def comments(cls: type) -> dict[str, str]:
 
 
 def options_of(command: str) -> list[list[str]]:
-    """Options of a command of the command line."""
-    module, _, attribute = BUILT_IN[command].partition(":")
+    """Options of a command of the command line, a plugin's too."""
+    home = BUILT_IN.get(command) or metadata.entry_points(group="attn.commands")[command].value
+    module, _, attribute = home.partition(":")
     found: click.Command = getattr(__import__(module, fromlist=[attribute]), attribute)
     rows = [["option", "meaning"]]
     for option in found.params:
@@ -369,6 +447,7 @@ TABLES: dict[str, Callable[..., list[list[str]]]] = {
     "kernels-on": kernels_on,
     "fields-of": fields_of,
     "options-of": options_of,
+    "names-in": names_in,
     "files-of-a-new-project": files_of_a_new_project,
     "checks": checks,
 }
@@ -377,8 +456,10 @@ TABLES: dict[str, Callable[..., list[list[str]]]] = {
 def main(arguments: list[str]) -> int:
     stale = []
     for path in documents():
-        attn_core.refresh()  # what another document registered is gone
         before = path.read_text(encoding="utf-8")
+        if missing(before):
+            sys.stderr.write(f"{path.relative_to(ROOT)}: left as it is: needs {', '.join(missing(before))}\n")
+            continue
         try:
             after = written(before)
         except Exception as error:
