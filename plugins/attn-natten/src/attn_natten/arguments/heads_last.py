@@ -35,8 +35,8 @@ def check_heads_last(query: Tensor, key: Tensor, value: Tensor, rank: int) -> tu
         UnsupportedError: nested or not strided.
         ConstraintError: rank, dtype, device or shapes that do not fit; the dimension is named.
 
-    After `use_strict_checks()` also ConstraintError for fewer num_kv_heads, float64, and a head_dim or head_dim_v that is
-    no multiple of 4 (float32) or 8 (float16, bfloat16).
+    After `use_strict_checks()` also ConstraintError for fewer num_kv_heads, float64, and a head_dim or head_dim_v that
+    is no multiple of 4 (float32) or 8 (float16, bfloat16).
     """
     names = ("batch", *SPATIAL[rank], "num_heads", "head_dim")
     operands = (("query", query), ("key", key), ("value", value))
