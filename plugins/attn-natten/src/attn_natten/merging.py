@@ -50,7 +50,7 @@ def merge_attentions(
         raise InputError(f"lse_tensors: takes one for each of the {len(outputs)} outputs, got {len(lse_tensors)}")
     _check("outputs", outputs, OUTPUT, outputs[0])
     _check("lse_tensors", lse_tensors, OUTPUT[:-1], outputs[0])
-    output, lse = merge(outputs, [lse.transpose(1, 2) for lse in lse_tensors])
+    output, lse = merge(list(outputs), [lse.transpose(1, 2) for lse in lse_tensors])
     return output, lse.transpose(1, 2)
 
 

@@ -8,7 +8,8 @@ One softmax over both: their two attentions are joined by the core's `merge`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import attn_core
@@ -19,15 +20,28 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..arguments import check_additional, check_heads_last, check_rpb, has_tangents
+from ..autotuner import tuned_for
+from ..autotuner.settings import State
 from ..backends import FNA, kernel_of
 from ..errors import UnsupportedError
+from ..flops.torch_counter import is_counting
 from ..plain import attention as plain_attention
+from ..switches import flex
 from .remembered import Known, known, look_at
 
 _is_tracing = torch.compiler.is_dynamo_compiling
 
 #: What the attention to additional keys is not asked by `attention_kwargs`: a fused call settles it.
 SETTLED = ("query", "key", "value", "is_causal", "scale", "return_lse")
+
+
+def or_counted(rank: int, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Any:
+    """`neighborhood_attention`; as one op that has a count, where somebody counts the ops of this thread."""
+    if not _is_tracing() and is_counting():
+        from ..flops.counted import counted  # which is of no use to anybody else
+
+        return counted(rank, query, key, value, *rest)
+    return neighborhood_attention(rank, query, key, value, *rest)
 
 
 def neighborhood_attention(
@@ -60,14 +74,19 @@ def neighborhood_attention(
     q, k, v = query, key, value
     if rank > 1:
         q, k, v = q.flatten(1, rank), k.flatten(1, rank), v.flatten(1, rank)
+    wants_lse = return_lse or has_more
     try:
-        if not (return_lse or has_more):
-            out = attn_core.attention(q, k, v, bias, scale=scale, kernel=kernel)
-            return out if rank == 1 else out.view(found.out)
-        out, lse = attn_core.attention(q, k, v, bias, scale=scale, return_lse=True, kernel=kernel)
+        if State.settings.on or flex.is_flex_attention_enabled():
+            with switched(found, query, key, value, bias, kernel):
+                result = _attention(q, k, v, bias, scale=scale, return_lse=wants_lse, kernel=kernel)
+        else:
+            result = _attention(q, k, v, bias, scale=scale, return_lse=wants_lse, kernel=kernel)
     except (InputError, InputTypeError):
         check_heads_last(query, key, value, rank)  # dtypes and devices, which `known` does not look at
         raise
+    if not wants_lse:
+        return result if rank == 1 else result.view(found.out)
+    out, lse = result
     if has_more:
         assert additional_keys is not None  # has_more says so
         assert additional_values is not None
@@ -75,6 +94,27 @@ def neighborhood_attention(
         out, lse = merge((out, more[0]), (lse, more[1]))
     out = out.view(found.out)
     return (out, lse.transpose(1, 2).reshape(found.out[:-1])) if return_lse else out
+
+
+_attention: Any = attn_core.attention  # whose overloads ask for a literal return_lse
+
+
+@contextmanager
+def switched(
+    found: Known, query: Tensor, key: Tensor, value: Tensor, bias: AttnBias | None, kernel: str | None
+) -> Iterator[None]:
+    """What the core is asked within, where FlexAttention is asked for, or the autotuner is on.
+
+    Tables of relative positions are not tuned: kernels cut such a problem otherwise.
+    """
+    with flex.scope():
+        if not State.settings.on or (bias is not None and bias.scores):
+            yield
+            return
+        needs_backward = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+        sizes = {"num_kv_heads": key.shape[-2], "head_dim_v": value.shape[-1]}
+        with tuned_for(query, found.neighborhood, needs_backward, kernel=kernel, **sizes):
+            yield
 
 
 def with_rpb(found: Known, query: Tensor, rpb: Tensor) -> AttnBias:

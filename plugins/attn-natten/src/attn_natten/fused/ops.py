@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..arguments import CausalPerAxis, PerAxis, causal_alias
 from ..options import NO_OPTIONS_OF_FUSED, OF_FUSED, say_options_without_effect
-from .call import neighborhood_attention
+from .call import or_counted
 
 
 def na1d(
@@ -75,7 +75,7 @@ def na1d(
     )
     if options != NO_OPTIONS_OF_FUSED:
         say_options_without_effect("na1d", 1, OF_FUSED, options)
-    return neighborhood_attention(
+    return or_counted(
         1,
         query,
         key,
@@ -179,7 +179,7 @@ def na2d(
     )
     if options != NO_OPTIONS_OF_FUSED:
         say_options_without_effect("na2d", 2, OF_FUSED, options)
-    return neighborhood_attention(
+    return or_counted(
         2,
         query,
         key,
@@ -256,7 +256,7 @@ def na3d(
     )
     if options != NO_OPTIONS_OF_FUSED:
         say_options_without_effect("na3d", 3, OF_FUSED, options)
-    return neighborhood_attention(
+    return or_counted(
         3,
         query,
         key,
