@@ -272,6 +272,21 @@ def transformers(session: nox.Session) -> None:
 
 
 @nox.session
+def natten(session: nox.Session) -> None:
+    """Compare attn-natten with NATTEN 0.21.7: results, kernels, and what is declared of them. No CUDA is needed."""
+    install_torch(session)
+    install(session, "-e", "core[test]", "-e", "plugins/attn-natten[test]")
+    folder = natten_folder(session, NATTEN)
+    if folder is None:
+        session.skip(f"{NATTEN} cannot be installed here")
+    env = {"PYTHONPATH": str(folder)} | ONE_THREAD
+    check = "import natten; assert natten.__version__ == '0.21.7'"
+    session.run("python", "-c", check, env=env)  # without it, tests would be skipped
+    tests = sorted(str(path) for path in Path("plugins/attn-natten/tests").glob("test_kernels*.py"))
+    session.run("pytest", *(session.posargs or [*IN_TWO, *tests, "tests/test_natten.py"]), env=env)
+
+
+@nox.session
 def natten_old(session: nox.Session) -> None:
     """Compare attn-natten with NATTEN 0.17.5: unfused ops, modules, gradients. Compiled the first time, in minutes."""
     install_torch(session)

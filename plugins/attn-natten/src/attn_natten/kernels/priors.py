@@ -1,0 +1,22 @@
+"""What NATTEN's kernels are taken for on CUDA: priors, not measured here.
+
+From what is published of them: the CUTLASS 2 kernels are those of memory-efficient attention, with a mask that is
+computed per element; those for Hopper and Blackwell are as fast per pair as the best dense kernels, and permute their
+operands first (arXiv:2504.16922). Of the dense ones none is taken for faster than torch's own, so that installing
+NATTEN moves a dense call to it only where torch's kernels refuse.
+"""
+
+from __future__ import annotations
+
+from attn_core import Cost
+
+CUTLASS_FNA = Cost(call=60e-6, pair_dim=16e-15, pair=0.8e-12, token_dim=1e-12, backward=3.0)
+HOPPER_FNA = Cost(call=90e-6, pair_dim=8e-15, pair=0.3e-12, token_dim=5e-12, backward=3.5)
+BLACKWELL_FNA = Cost(call=90e-6, pair_dim=8e-15, pair=0.25e-12, token_dim=4e-12, backward=3.5)
+
+CUTLASS_FMHA = Cost(call=50e-6, pair_dim=16e-15, pair=0.7e-12, token_dim=1e-12)
+HOPPER_FMHA = Cost(call=50e-6, pair_dim=8.5e-15, pair=0.3e-12, token_dim=1e-12, backward=3.5)
+BLACKWELL_FMHA = Cost(call=50e-6, pair_dim=8.5e-15, pair=0.25e-12, token_dim=1e-12, backward=3.5)
+
+#: Outside a graph FlexAttention writes all scores, some ten times, and the mask of a neighborhood before.
+FLEX = Cost(call=800e-6, pair_dim=40e-15, pair=30e-12, token_dim=2e-12, added=50e-12)
