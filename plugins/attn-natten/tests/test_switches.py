@@ -377,6 +377,7 @@ def test_every_switch_is_reported_with_its_value(quiet):
         "kv_parallelism": True,
         "memory_usage_preference": attn_natten.MemoryUsagePreference.Default,
         "deterministic_algorithms": False,
+        "autotuner": False,
         "strict_checks": True,
         "gemm_na": False,
         "tiled_na": True,

@@ -1,4 +1,4 @@
-"""NATTEN's switches for the whole process, one state per file. `effects()` says what each changes here."""
+"""NATTEN's switches for the whole process, one state per file. `effects()` says what each, and the autotuner, changes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ if TYPE_CHECKING:
     from .effect import Effect
 
 #: Each has `effects()`.
-_FILES = ("fused", "flex", "kv_parallelism", "memory", "deterministic", "strict", "dispatcher")
+_MODULES = (
+    ".switches.fused",
+    ".switches.flex",
+    ".switches.kv_parallelism",
+    ".switches.memory",
+    ".switches.deterministic",
+    ".autotuner",
+    ".switches.strict",
+    ".switches.dispatcher",
+)
 
 
 def effects() -> list[Effect]:
@@ -20,4 +29,4 @@ def effects() -> list[Effect]:
 
     Asks which kernels are ready, so it loads the plugins.
     """
-    return [effect for name in _FILES for effect in import_module(f".{name}", __name__).effects()]
+    return [effect for name in _MODULES for effect in import_module(name, "attn_natten").effects()]

@@ -20,7 +20,7 @@ FORCED = Flag("flex_attention_forced")
 COMPILE = Flag("flex_compile")
 COMPILE_BACKPROP = Flag("flex_compile_backprop")
 
-WHY_NOT = "FlexAttention is compiled on CUDA and inside a graph, and nowhere else, whoever allows what"
+WHY_NOT = "torch/flex is compiled on CUDA and in a graph, natten/flex-fna is not, whatever is allowed"
 
 
 def use_flex_attention() -> None:
