@@ -1,4 +1,4 @@
-"""NATTEN's switches for the whole process, one state per file. `effects()` says what each, and the autotuner, changes."""
+"""NATTEN's switches for the whole process, one state per file. `effects()` says what each changes."""
 
 from __future__ import annotations
 
