@@ -152,8 +152,8 @@ def test_constants_that_no_problem_tells_of_stay_as_they_were():
 
 def test_problems_are_the_same_every_time_short_and_long_and_of_every_kind_that_the_kernel_takes():
     for name, kinds in {
-        "torch/flash": {"none", "causal", "boolean mask", "additive mask"},
-        "torch/tiled": {"none", "causal", "window", "neighborhood", "segments"},
+        "torch/flash": {"none", "causal", "boolean mask", "additive mask", "one query", "one query, boolean mask"},
+        "torch/tiled": {"none", "causal", "window", "neighborhood", "segments", "one query"},
     }.items():
         cases = calibrating.cases_for(registry.kernel(name), grad=True)
         assert [str(each.problem) for each in cases] == [
@@ -161,10 +161,27 @@ def test_problems_are_the_same_every_time_short_and_long_and_of_every_kind_that_
         ]
         assert {each.kind for each in cases} == kinds
         assert len(cases) > 16
-        lengths = [each.problem.seqlen_q for each in cases]
+        lengths = [each.problem.seqlen_kv for each in cases]
         assert min(lengths) <= 64
         assert max(lengths) >= 400
         assert all(each.problem.requires_grad for each in cases)
+
+
+def test_what_a_kernel_takes_per_key_is_told_apart_from_what_it_takes_per_pair():
+    kernel = registry.kernel("torch/flash")
+    true = Cost(call=2e-5, pair_dim=5e-11, pair=6e-10, token_dim=2e-9, token=8e-8, mask=2e-10, element=2e-9)
+    made = replace(kernel, costs={"cpu": replace(true, threads=THREADS)})
+    found = calibrating.fit_cost(kernel, synthetic(made, grad=False), threads=THREADS, source="here")
+    assert found.token_dim == pytest.approx(true.token_dim, rel=0.05)
+    assert found.pair == pytest.approx(true.pair, rel=0.05)
+
+
+def test_problems_of_one_query_have_one_query_and_many_keys():
+    cases = calibrating.cases_for(registry.kernel("torch/flash"), grad=False)
+    decoding = [each.problem for each in cases if each.kind in calibrating.OF_ONE_QUERY]
+    assert len(decoding) >= 6
+    assert {problem.seqlen_q for problem in decoding} == {1}
+    assert max(problem.seqlen_kv for problem in decoding) >= 400
 
 
 def test_measuring_leaves_the_random_state_alone():

@@ -32,7 +32,7 @@ from .registry import registry
 
 SEED = 20261121
 #: Problems per kernel and direction, and what the longest may take by the estimate that is there so far.
-PROBLEMS, LONGEST = 24, 40e-3
+PROBLEMS, LONGEST = 30, 40e-3
 #: Seconds of measuring; and how often a problem is measured at least, unless that takes twice as long.
 BUDGET, ROUNDS = 60.0, 3
 #: What one figure is taken over, where a call takes less: a clock has limits.
@@ -54,7 +54,12 @@ KINDS: dict[str, Callable[[int, random.Random], AttnBias | Tensor | None]] = {
     "segments": lambda seqlen, chance: Segments(
         _documents(seqlen, chance), within=chance.choice((None, Causal("top-left")))
     ),
+    "one query": lambda seqlen, chance: None,
+    "one query, boolean mask": lambda seqlen, chance: torch.rand(1, seqlen) < 0.7,
 }
+#: As in decoding. What a kernel takes per key and what per pair of query and key can be told apart only there: where
+#: both lengths grow together, a little more of one looks like a little more of the other.
+OF_ONE_QUERY = frozenset(kind for kind in KINDS if kind.startswith("one query"))
 
 
 def _neighborhood(seqlen: int, chance: random.Random) -> Neighborhood | None:
@@ -93,9 +98,10 @@ class Case:
 def case(
     kind: str, bias: AttnBias | Tensor | None, batch: int, seqlen: int, num_heads: int, head_dim: int, *, grad: bool
 ) -> Case:
-    """Self-attention of this size, with random operands."""
-    shape = (batch, num_heads, seqlen, head_dim)
-    query, key, value = (torch.randn(shape, requires_grad=grad) for _ in range(3))
+    """Attention of this size with random operands: of all tokens to all, or of one query to all."""
+    queries = 1 if kind in OF_ONE_QUERY else seqlen
+    lengths = (queries, seqlen, seqlen)
+    query, key, value = (torch.randn(batch, num_heads, each, head_dim, requires_grad=grad) for each in lengths)
     given = as_bias(bias)
     problem, _ = examine(query, key, value, given, None, None, 0.0, False, HEADS_FIRST)
     return Case(kind=kind, operands=(query, key, value), bias=given, problem=problem)
@@ -118,7 +124,7 @@ def cases_for(kernel: Kernel, *, grad: bool, count: int = PROBLEMS, longest: flo
             batch, num_heads, head_dim = chance.choice(SHAPES)
             for seqlen in reversed(LENGTHS[: 1 + int(place * (len(LENGTHS) - 1) + 0.5)]):
                 bias = KINDS[kind](seqlen, chance)
-                if bias is None and kind != "none":
+                if bias is None and kind == "neighborhood":  # no such grid
                     continue
                 each = case(kind, bias, batch, seqlen, num_heads, head_dim, grad=grad)
                 if not kernel.refusals(each.problem) and kernel.terms(each.problem).seconds(each.problem) <= longest:

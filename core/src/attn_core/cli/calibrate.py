@@ -31,7 +31,7 @@ def calibrate(pattern: str, dry_run: bool, out: Path | None, forget: bool, as_js
     """Fit the estimates to this machine: one or two minutes, best while nothing else runs.
 
     Which kernel runs a call is decided by estimated seconds, whose constants come from one machine. This measures every
-    kernel that can run here on some two dozen small problems, forward and backward, and keeps constants that fit them;
+    kernel that can run here on some thirty small problems, forward and backward, and keeps constants that fit them;
     the first choice of each process reads them. They are for this CPU, this torch and this number of threads; with
     another number the estimates are scaled.
 
