@@ -55,7 +55,7 @@ def test_continuous_integration_ends_with_the_tests_as_the_readme_runs_them():
     install, tests = TESTS.split(" && ")
     assert any(line.endswith(install) for line in commands)
     runs = [re.search(r"nox -s [a-z]+(?= 2>| --|$)", line) for line in commands]
-    assert [run[0] for run in runs if run] == ["nox -s lint", "nox -s types", "nox -s core", tests]
+    assert [run[0] for run in runs if run] == ["nox -s lint", "nox -s types", "nox -s core", "nox -s timm", tests]
 
 
 def test_the_constraints_name_one_torch_by_its_plain_version():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -145,20 +144,19 @@ def test_a_folder_that_is_missing_is_an_os_error(tmp_path):
         attention(*QUERY)
 
 
-def add_many(path):
-    from attn_core.usage import merge_into
-
-    for _ in range(25):
-        merge_into(path, {"attention": {"none": 1}})
+ADD_MANY = """
+import sys
+from pathlib import Path
+from attn_core.usage import merge_into
+for _ in range(25):
+    merge_into(Path(sys.argv[1]), {"attention": {"none": 1}})
+"""
 
 
 def test_many_processes_that_write_at_once_lose_no_count(tmp_path):
     path = tmp_path / "usage.json"
-    processes = [multiprocessing.get_context("spawn").Process(target=add_many, args=(path,)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
+    processes = [subprocess.Popen([sys.executable, "-c", ADD_MANY, str(path)]) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
     assert json.loads(path.read_text(encoding="utf-8")) == {"attention": {"none": 75}}
 
 
