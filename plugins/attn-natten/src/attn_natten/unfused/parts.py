@@ -1,0 +1,188 @@
+"""A grid of 1 to 3 axes, cut into parts: a run on each axis, for lines of equal length on each axis.
+
+The blocks of a part have one shape, so they are batches of small dense matrices: `rows` queries by `columns` keys, of
+which a query uses the `width` in its window. Operands are read, and results written, through strided views: here they
+are `[batch, heads, *lines, *blocks, *in_block, dim]`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .axis import Lines, Run, lines, runs
+
+#: Queries of a block on an axis.
+ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
+
+# What the choice of blocks costs, in nanoseconds of one core. Only the ratios matter, and not much.
+PAIR = 0.5  #: an element of a block, written and read
+PAIR_DIM = 0.05  #: a multiplication and addition
+KEY_DIM = 0.3  #: an element of a key, copied to its block
+BLOCK = 300.0  #: a block's matrix product begun
+PART = 5000.0  #: the calls for one part, for each head: a few dozen microseconds for some heads
+
+
+class Part(NamedTuple):
+    lines: tuple[Lines, ...]
+    runs: tuple[Run, ...]
+    dilation: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        return len(self.runs)
+
+    @property
+    def rows(self) -> int:
+        return prod(run.rows for run in self.runs)
+
+    @property
+    def columns(self) -> int:
+        return prod(run.columns for run in self.runs)
+
+    def queries(self, grid: Tensor) -> Tensor:
+        """`[batch, heads, *lines, *blocks, *rows, dim]`, a view of `[batch, heads, *spatial, dim]`."""
+        return self._view(grid, [(run.q0, run.rows) for run in self.runs])
+
+    def keys(self, grid: Tensor) -> Tensor:
+        """`[batch, heads, *lines, *blocks, *columns, dim]`, an overlapping view: not to be written to."""
+        return self._view(grid, [(run.k0, run.columns) for run in self.runs])
+
+    def strips(self, grid: Tensor) -> Iterator[tuple[Tensor, tuple[slice, ...]]]:
+        """The columns in strips that overlap with none of another block: a view to write to, and which columns."""
+        cuts = [
+            range(0, run.columns, run.rows if run.count > 1 else run.columns) for run in self.runs
+        ]  # blocks are `rows` apart
+        for starts in itertools.product(*cuts):
+            columns = [(start, min(start + cut.step, run.columns)) for start, cut, run in zip(starts, cuts, self.runs)]
+            places = [(run.k0 + start, end - start) for run, (start, end) in zip(self.runs, columns)]
+            yield self._view(grid, places), (..., *(slice(*ends) for ends in columns), slice(None))
+
+    def _view(self, grid: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
+        """`places`: (where the first block's points begin on their line, how many they are), on each axis."""
+        batch, heads, *steps, last = grid.stride()
+        offset = grid.storage_offset()
+        apart, along = [], []
+        for step, (line, run, dilation, (begin, _)) in zip(steps, zip(self.lines, self.runs, self.dilation, places)):
+            offset += line.first * step + begin * dilation * step
+            apart.append(run.rows * dilation * step)
+            along.append(dilation * step)
+        sizes = [size for _, size in places]
+        shape = (*grid.shape[:2], *self._blocks, *sizes, grid.shape[-1])
+        return grid.as_strided(shape, (batch, heads, *steps, *apart, *along, last), offset)
+
+    @property
+    def _blocks(self) -> tuple[int, ...]:
+        return (*(line.count for line in self.lines), *(run.count for run in self.runs))
+
+    def slots(self, pairs: Tensor, kernel: Sequence[int]) -> Tensor:
+        """`[blocks, *rows, *kernel]`, a view of the contiguous `pairs`, `[blocks, rows * columns]`: those that the
+        windows keep. No two are in one place."""
+        row, column, steps_of_rows, steps_of_slots = self.columns, self.columns, [], []
+        rows = self.rows
+        for run in self.runs:
+            rows //= run.rows
+            row_step = rows * row
+            column //= run.columns
+            steps_of_slots.append(column)
+            steps_of_rows.append(row_step + (column if run.slides else 0))
+        shape = (pairs.shape[0], *(run.rows for run in self.runs), *kernel)
+        return pairs.as_strided(shape, (self.rows * self.columns, *steps_of_rows, *steps_of_slots))
+
+    def mask(self, kernel: tuple[int, ...], device: torch.device) -> Tensor | None:
+        """`[*rows, width]`: True where a slot has no key; None where all have one."""
+        if not any(run.masked for run in self.runs):
+            return None
+        return _mask(tuple((run.rows, run.masked) for run in self.runs), kernel, device)
+
+
+@lru_cache(maxsize=256)
+def _mask(rows: tuple[tuple[int, bool], ...], kernel: tuple[int, ...], device: torch.device) -> Tensor:
+    rank = len(rows)
+    whole = torch.zeros(*(count for count, _ in rows), *kernel, dtype=torch.bool, device=device)
+    for axis, ((count, masked), width) in enumerate(zip(rows, kernel)):
+        if masked:
+            later = torch.arange(width, device=device) > torch.arange(count, device=device).unsqueeze(1)
+            shape = [1] * (2 * rank)
+            shape[axis], shape[rank + axis] = count, width
+            whole |= later.view(shape)
+    return whole.flatten(rank)
+
+
+@lru_cache(maxsize=1024)
+def parts(
+    spatial: tuple[int, ...],
+    kernel: tuple[int, ...],
+    dilation: tuple[int, ...],
+    causal: tuple[bool, ...],
+    dim: int,
+) -> tuple[Part, ...]:
+    """The parts of a grid; each query is in one. Blocks are of the sizes that cost least for heads of `dim`."""
+    of_lines = [lines(*axis) for axis in zip(spatial, dilation)]
+    found = []
+    for chosen in itertools.product(*of_lines):
+        rows = block(tuple(line.points for line in chosen), kernel, causal, dim)
+        of_runs = [runs(line.points, *axis) for line, axis in zip(chosen, zip(kernel, causal, rows))]
+        found += [Part(chosen, each, dilation) for each in itertools.product(*of_runs)]
+    return tuple(found)
+
+
+def block(points: tuple[int, ...], kernel: tuple[int, ...], causal: tuple[bool, ...], dim: int) -> tuple[int, ...]:
+    """Queries of a block on each axis."""
+    choices = [_choices(*axis) for axis in zip(points, kernel, causal)]
+
+    def cost(chosen: tuple[Choice, ...]) -> float:
+        pairs, keys = prod(each.pairs for each in chosen), prod(each.keys for each in chosen)
+        blocks, count = prod(each.blocks for each in chosen), prod(each.runs for each in chosen)
+        return pairs * (PAIR + dim * PAIR_DIM) + keys * dim * KEY_DIM + blocks * BLOCK + count * PART
+
+    return tuple(each.rows for each in min(itertools.product(*choices), key=cost))
+
+
+class Choice(NamedTuple):
+    """What a number of rows comes to on one axis."""
+
+    rows: int
+    pairs: int
+    keys: int
+    blocks: int
+    runs: int
+
+
+def _choices(points: int, kernel: int, causal: bool) -> list[Choice]:
+    found = []
+    for rows in ROWS:
+        if rows > 1 and rows > points - kernel + 1:
+            break
+        cut = runs(points, kernel, causal, rows)
+        found.append(
+            Choice(
+                rows,
+                sum(run.count * run.rows * run.columns for run in cut),
+                sum(run.count * run.columns for run in cut),
+                sum(run.count for run in cut),
+                len(cut),
+            )
+        )
+    return found
+
+
+def pieces(shape: Sequence[int], most: int) -> Iterator[tuple[slice, ...]]:
+    """Cuts the leading dimensions into pieces of at most `most` elements, at least one, in order."""
+    whole, inner = len(shape), 1
+    while whole and inner * shape[whole - 1] <= most:
+        whole -= 1
+        inner *= shape[whole]
+    if not whole:
+        yield ()
+        return
+    step = max(1, most // inner)
+    for outer in itertools.product(*map(range, shape[: whole - 1])):
+        for begin in range(0, shape[whole - 1], step):
+            yield (*(slice(i, i + 1) for i in outer), slice(begin, begin + step))
