@@ -12,6 +12,7 @@ from attn_core import AttnBias, Segments
 from torch import Tensor
 
 from .. import library
+from . import splits
 from .documents import offsets
 
 _attention: Any = library.natten().attention
@@ -63,6 +64,7 @@ def _run(
             options["is_causal"] = True
     elif bias is not None:
         options["is_causal"] = True  # left out where it is not: before 0.21.5 there is no such argument
+    options |= splits.of_fmha(backend, (key.shape[1],), key.shape[0], query.shape[2])
     if return_lse:
         options["return_lse"] = True
     result = _attention(query=query, key=key, value=value, scale=scale, backend=backend, **options)

@@ -12,6 +12,7 @@ from attn_core import AttnBias
 from torch import Tensor
 
 from .. import library
+from . import splits
 from .windows import axes_of
 
 _natten: Any = library.natten()
@@ -57,6 +58,8 @@ def _run(
         name: tensor.reshape(tensor.shape[0], *extents, *tensor.shape[2:])
         for name, tensor in (("query", query), ("key", key), ("value", value))
     }
+    batch, _, num_heads, _ = query.shape
+    dense = {"backend": f"{family}-fmha", **splits.of_fmha(f"{family}-fmha", extents, batch, num_heads)}
     result = _FUNCTIONS[len(axes)](
         **operands,
         kernel_size=kernel_size,
@@ -65,7 +68,8 @@ def _run(
         is_causal=is_causal,
         scale=scale,
         backend=f"{family}-fna",
-        attention_kwargs={"backend": f"{family}-fmha"},  # what a window over the whole sequence is handed to
+        attention_kwargs=dense,  # what a window over the whole sequence is handed to
+        **splits.of_fna(f"{family}-fna", extents, dilation, batch, num_heads),
         **({"return_lse": True} if return_lse else {}),  # before 0.21.5 there is no such argument
     )
     if not return_lse:
