@@ -7,11 +7,15 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import attn_natten
 import pytest
 import torch
-from attn_natten import functional, utils
+from attn_natten import functional, library, machine, utils
+
+sys.path.insert(0, str(Path(__file__).parent))  # pytest imports tests without their folder on it
+from natten_doubled import doubled
 
 #: What the front page of NATTEN 0.17 imports, by module.
 PAGE = {
@@ -36,7 +40,11 @@ TOP = (
     " is_tf32_in_gemm_na_enabled is_tiled_na_enabled use_deterministic_algorithms use_flex_attention use_fna"
     " use_gemm_na use_tf32_in_gemm_na use_tiled_na allow_flex_compile allow_flex_compile_backprop disable_flex_compile"
     " disable_flex_compile_backprop is_flex_compile_allowed is_flex_compile_backprop_allowed na1d na2d na3d attention"
-    " merge_attentions"
+    " merge_attentions HAS_LIBNATTEN get_configs_for_cutlass_fna get_bwd_configs_for_cutlass_fna"
+    " get_configs_for_cutlass_hopper_fna get_bwd_configs_for_cutlass_hopper_fna get_configs_for_cutlass_blackwell_fna"
+    " get_bwd_configs_for_cutlass_blackwell_fna get_configs_for_flex_fna get_configs_for_cutlass_fmha"
+    " get_bwd_configs_for_cutlass_fmha get_configs_for_cutlass_hopper_fmha get_bwd_configs_for_cutlass_hopper_fmha"
+    " get_configs_for_cutlass_blackwell_fmha get_bwd_configs_for_cutlass_blackwell_fmha get_configs_for_flex_fmha"
 )
 NAMED = [(module, name) for module, names in [*PAGE.items(), ("", TOP)] for name in names.split()]
 
@@ -88,17 +96,15 @@ def test_no_name_is_listed_twice():
     assert len(attn_natten.__all__) == len(set(attn_natten.__all__))
 
 
-def test_importing_and_using_the_front_end_imports_no_natten():
+def test_no_name_but_that_which_asks_for_it_imports_natten():
     loaded = last_line_of("""
         import attn_natten, attn_natten.functional, attn_natten.utils
         for module in (attn_natten, attn_natten.functional, attn_natten.utils):
-            for name in module.__all__:
+            for name in set(module.__all__) - {"HAS_LIBNATTEN"}:
                 getattr(module, name)
-        import torch
-        x = torch.zeros(1, 6, 2, 8)
-        attn_natten.functional.na1d(x, x, x, kernel_size=3)
         attn_natten.use_fused_na()
-        assert not attn_natten.has_fna()
+        attn_natten.NeighborhoodAttention2D(embed_dim=8, num_heads=2, kernel_size=3)
+        assert not attn_natten.has_cuda() or attn_natten.get_device_cc()
         print(json.dumps(sorted(name for name in sys.modules if name.partition(".")[0] == "natten")))
     """)
     assert loaded == []
@@ -118,6 +124,30 @@ def test_importing_the_names_of_functional_imports_no_module_before_one_is_used(
         print(json.dumps(sorted(name for name in sys.modules if name.startswith("attn_natten"))))
     """)
     assert loaded == ["attn_natten", "attn_natten.functional"]
+
+
+# What only NATTEN knows
+
+
+def test_without_natten_its_finders_of_configurations_say_what_to_install(monkeypatch):
+    monkeypatch.setattr(library, "find_spec", lambda name: None)
+    with pytest.raises(
+        attn_natten.MissingLibraryError, match="^get_configs_for_flex_fna: asks NATTEN .*not installed: pip"
+    ):
+        attn_natten.get_configs_for_flex_fna(torch.zeros(1))
+    assert machine.__getattr__("HAS_LIBNATTEN") is False
+
+
+def test_a_finder_of_configurations_asks_natten(tmp_path):
+    finder = "def get_configs_for_flex_fna(input_tensor, *, more=0): return [input_tensor, more]\n\n\ndef na1d("
+    with doubled(tmp_path, changes={"def na1d(": finder}):
+        assert attn_natten.get_configs_for_flex_fna("tensor", more=2) == ["tensor", 2]
+        assert machine.__getattr__("HAS_LIBNATTEN") is True
+
+
+def test_a_natten_that_cannot_be_imported_has_no_kernels(tmp_path):
+    with doubled(tmp_path, source="raise OSError('another torch')"):
+        assert machine.__getattr__("HAS_LIBNATTEN") is False
 
 
 # The names of 0.14

@@ -32,5 +32,9 @@ class DeviceError(AttnError, RuntimeError):
     """A CUDA device was asked about that is not there."""
 
 
+class MissingLibraryError(AttnError, ImportError):
+    """Only an installed NATTEN could answer."""
+
+
 class NoEffectWarning(UserWarning):
     """A switch or an argument that changes nothing here; said once for each."""

@@ -92,3 +92,15 @@ def _reaches(capability: int, device: Device) -> bool:
 def _ready(patterns: tuple[str, ...]) -> bool:
     """Whether a kernel of such a name can run here. Loads the plugins."""
     return any(is_available(kernel.name) for pattern in patterns for kernel in kernels(pattern))
+
+
+def __getattr__(name: str) -> bool:
+    """HAS_LIBNATTEN: whether an installed NATTEN has its kernels in CUDA, whatever this machine has. Imports it."""
+    if name != "HAS_LIBNATTEN":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .library import BrokenLibraryError, unusable
+
+    try:
+        return unusable(libnatten=True) is None
+    except BrokenLibraryError:
+        return False
