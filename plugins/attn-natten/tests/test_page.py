@@ -10,7 +10,6 @@ import math
 import re
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import attn_natten
@@ -22,7 +21,6 @@ from oracle import each, neighbors
 
 SEED = 20261121
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
-SWITCHES = ("fused_na", "kv_parallelism_in_fused_na", "gemm_na", "tiled_na")
 ENVIRONMENT = ("has_half", "has_bfloat", "has_fna", "has_gemm", "has_tf32_gemm", "has_fp32_gemm", "has_fp64_gemm")
 
 is_casual = pytest.mark.filterwarnings("ignore:is_casual is a misspelling:DeprecationWarning")
@@ -30,18 +28,11 @@ without_effect = pytest.mark.filterwarnings("ignore::attn_natten.errors.NoEffect
 
 
 @pytest.fixture(autouse=True)
-def switches_as_they_came():
-    """Seeded, and with every switch put back."""
-    before = {name: getattr(attn_natten, f"is_{name}_enabled")() for name in SWITCHES}
+def seeded_and_without_the_autotuner_afterwards():
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         yield
     attn_natten.disable_autotuner()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        attn_natten.set_memory_usage_preference("default")
-        for name, mode in before.items():
-            getattr(attn_natten, f"use_{name}")(mode)
 
 
 def expected(
