@@ -380,7 +380,9 @@ def test_fused_3_d_with_a_value_for_each_axis():
 @pytest.mark.parametrize("function", ["na1d", "na2d", "na3d", "na1d_qk", "na1d_av"])
 def test_the_misspelled_keyword_of_the_page_is_taken_and_said_to_be_deprecated(function):
     rank = int(function[2])
-    operands = drawn(1, *(6,) * rank, 2, 4, count=2 if function.endswith("qk") else 3)
+    operands = drawn(1, *(6,) * rank, 2, 4)
+    if function.endswith("qk"):
+        operands = heads_first(*operands[:2])
     if function.endswith("av"):
         operands = [torch.randn(1, 2, 6, 3), torch.randn(1, 2, 6, 4)]
     op = getattr(importlib.import_module("attn_natten.functional"), function)
