@@ -25,4 +25,5 @@ def _switches_as_at_first() -> Iterator[None]:
         flag.value = value
     memory._State.preference = memory.MemoryUsagePreference.Default
     no_effect.forget_what_was_said()
-    torch.use_deterministic_algorithms(False)
+    if torch.are_deterministic_algorithms_enabled():  # setting it loads much of torch
+        torch.use_deterministic_algorithms(False)
