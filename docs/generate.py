@@ -401,7 +401,7 @@ def options_of(command: str) -> list[list[str]]:
                 values = " " + (option.metavar or ("|".join(choices) if choices else option.type.name.upper()))
             usual = option.show_default if isinstance(option.show_default, str) else option.default
             default = f" Default: {usual}." if option.show_default else ""
-            rows.append([f"`{option.opts[0]}{values}`", f"{option.help or ''}{default}".strip()])
+            rows.append([f"`{', '.join(option.opts)}{values}`", f"{option.help or ''}{default}".strip()])
     return rows
 
 
