@@ -48,11 +48,11 @@ def check_heads_last(query: Tensor, key: Tensor, value: Tensor, rank: int) -> tu
         check_agrees(name, tensor, "query", query)
         for dim in range(rank + 1):
             check_size(name, tensor, dim, names[dim], "query", query.shape[dim])
-    check_size("value", value, -2, "num_heads", "key", key.shape[-2])
     check_size("key", key, -1, "head_dim", "query", query.shape[-1])
     num_heads, num_kv_heads = query.shape[-2], key.shape[-2]
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ConstraintError(f"key: num_heads must divide query's num_heads={num_heads}, got {num_kv_heads}")
+    check_size("value", value, -2, "num_heads", "key", num_kv_heads)
     if are_strict_checks_enabled():
         _check_strictly(query, key, value)
     return tuple(query.shape[1:-2])

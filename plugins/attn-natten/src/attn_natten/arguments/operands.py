@@ -70,7 +70,8 @@ def has_tangents(*tensors: Tensor) -> bool:
     """Whether one of them is a dual tensor of the forward-mode level that is entered now."""
     if forward_ad._current_level < 0:
         return False
-    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    unpack: Any = forward_ad.unpack_dual  # not typed
+    return any(unpack(tensor).tangent is not None for tensor in tensors)
 
 
 def plain(dtype: torch.dtype) -> str:
