@@ -31,7 +31,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, ForwardRef
 
 import attn_core
 import click
@@ -175,6 +175,9 @@ def signature(name: str) -> str:
 
 
 def annotation(given: Any) -> str:
+    """As it is written in the source; typing wraps what stands in quotes, as all annotations of a NamedTuple do."""
+    if isinstance(given, ForwardRef):
+        given = given.__forward_arg__
     return given if isinstance(given, str) else getattr(given, "__name__", str(given))
 
 
@@ -287,7 +290,7 @@ def fields_of(name: str) -> list[list[str]]:
         named: Any = cls
         for name, kind in named.__annotations__.items():
             default = f"`{shown(named._field_defaults[name])}`" if name in named._field_defaults else "required"
-            rows.append([f"`{name}`", f"`{kind}`", default, meanings[name]])
+            rows.append([f"`{name}`", f"`{annotation(kind)}`", default, meanings[name]])
         return rows
     for field in fields(cls):
         default = "required"
