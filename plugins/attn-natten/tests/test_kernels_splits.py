@@ -1,16 +1,23 @@
-"""KV parallelism reaches NATTEN's kernels: what the switches say is what they are told, with a double of NATTEN."""
+"""KV parallelism reaches NATTEN's kernels: what the switches say is what they are told, with a double of NATTEN.
+
+With a real one, the number of parts is compared with its own.
+"""
 
 from __future__ import annotations
 
+import random
 import sys
 import warnings
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import attn_natten
 import pytest
 import torch
 from attn_core import Causal, Neighborhood
+from attn_natten import library
+from attn_natten.kv_splits import kv_splits
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest imports tests without their folder on it
 from natten_doubled import doubled
@@ -100,3 +107,29 @@ def test_dense_attention_is_told_a_number(told):
     assert last["backward_kv_splits"] == 49
     fmha.hopper(*operands(batch=1), scale=1.0)
     assert "backward_kv_splits" not in last
+
+
+@pytest.mark.parametrize("seed", [20261121], ids="seed {}".format)
+def test_parts_are_those_of_a_real_natten(seed):
+    if find_spec("natten") is None or not library.is_supported(library.metadata_version() or ""):
+        pytest.skip("NATTEN 0.21 is not installed: nox -s natten")
+    natten = library.natten()
+    theirs = import_module("natten.backends.configs.cutlass.backward_knobs")
+    attn_natten.use_fused_na()
+    rng = random.Random(seed)
+    for _ in range(1000):
+        rank = rng.randint(1, 3)
+        spatial = tuple(rng.randint(1, (5000, 150, 40)[rank - 1]) for _ in range(rank))
+        dilation, asked = (tuple(rng.randint(1, high) for _ in range(rank)) for high in (4, 9))
+        tile = tuple(rng.choice([1, 4, 8, 16, 64]) for _ in range(rank))
+        batch, heads = rng.randint(1, 64), rng.randint(1, 16)
+        word = rng.choice(["default", "strict", "unrestricted"])
+        attn_natten.set_memory_usage_preference(word)
+        natten.set_memory_usage_preference(word)
+        query = torch.empty(batch, *spatial, heads, 8, device="meta")
+        problem = (spatial, tile, dilation, batch, heads)
+        default = theirs.get_default_kv_splits_backward(query, tile, deterministic=False, dilation=dilation)
+        assert kv_splits(*problem) == default, (problem, word)
+        limited = theirs.check_fna_kv_splits(asked, query, tile, deterministic=False, dilation=dilation)
+        assert kv_splits(*problem, asked=asked) == limited, (problem, asked)
+    natten.set_memory_usage_preference("default")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import random
 import warnings
 from math import prod
 
@@ -147,29 +145,3 @@ def test_the_grid_stays_within_its_bound_and_every_part_has_a_tile(data, rank, w
     assert prod(splits) <= allowed
     if prod(most) <= allowed:
         assert splits == most
-
-
-@pytest.mark.parametrize("seed", [20261121], ids="seed {}".format)
-def test_parts_are_those_of_a_real_natten(seed):
-    if importlib.util.find_spec("natten") is None or not library.is_supported(library.metadata_version() or ""):
-        pytest.skip("NATTEN 0.21 is not installed: nox -s natten")
-    natten = library.natten()
-    theirs = importlib.import_module("natten.backends.configs.cutlass.backward_knobs")
-    use_fused_na()
-    rng = random.Random(seed)
-    for _ in range(1000):
-        rank = rng.randint(1, 3)
-        spatial = tuple(rng.randint(1, (5000, 150, 40)[rank - 1]) for _ in range(rank))
-        dilation, asked = (tuple(rng.randint(1, high) for _ in range(rank)) for high in (4, 9))
-        tile = tuple(rng.choice([1, 4, 8, 16, 64]) for _ in range(rank))
-        batch, heads = rng.randint(1, 64), rng.randint(1, 16)
-        word = rng.choice(["default", "strict", "unrestricted"])
-        prefer(word)
-        natten.set_memory_usage_preference(word)
-        query = torch.empty(batch, *spatial, heads, 8, device="meta")
-        problem = (spatial, tile, dilation, batch, heads)
-        default = theirs.get_default_kv_splits_backward(query, tile, deterministic=False, dilation=dilation)
-        assert kv_splits(*problem) == default, (problem, word)
-        limited = theirs.check_fna_kv_splits(asked, query, tile, deterministic=False, dilation=dilation)
-        assert kv_splits(*problem, asked=asked) == limited, (problem, asked)
-    natten.set_memory_usage_preference("default")
