@@ -9,7 +9,6 @@ import pytest
 import torch
 from attn_natten import (
     NoEffectWarning,
-    library,
     set_memory_usage_preference,
     use_deterministic_algorithms,
     use_fused_na,
