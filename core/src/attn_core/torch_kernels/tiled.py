@@ -20,6 +20,7 @@ from ..problem import Problem
 from ..tracing import is_traced
 from .measured import MEASURED
 from .tiling import traced, traced_scores
+from .tiling.chosen import chosen
 from .tiling.function import Tiled
 from .tiling.scores import Scores
 from .tiling.work import work
@@ -42,7 +43,7 @@ def run(
     else:
         scores = Scores(rules) if rules else None  # type: ignore[arg-type]
         held = () if scores is None else scores.held()
-        out, lse = Tiled.apply(query, key, value, mask, scale, scores, *held)  # type: ignore[no-untyped-call]
+        out, lse = Tiled.apply(query, key, value, mask, scale, scores, chosen(), *held)  # type: ignore[no-untyped-call]
     return (out, lse) if return_lse else out
 
 
@@ -76,21 +77,21 @@ KERNEL = Kernel(
     refuse=refuse,
     costs={
         "cpu": Cost(
-            call=0.000292,
-            pair_dim=4.59e-11,
-            pair=1.18e-09,
-            token_dim=1.39e-09,
-            token=9.9e-08,
-            part=4.79e-05,
+            call=0.000278,
+            pair_dim=5.46e-11,
+            pair=8.09e-10,
+            token_dim=6.79e-10,
+            token=2.5e-07,
+            part=5.98e-05,
             added=8e-09,
             threads=1,
             with_backward=Cost(
-                call=0.00101,
-                pair_dim=2.25e-10,
-                pair=2.75e-09,
-                token_dim=7.96e-10,
-                token=3.27e-07,
-                part=5.93e-05,
+                call=0.000937,
+                pair_dim=1.68e-10,
+                pair=5.55e-09,
+                token_dim=1.44e-09,
+                token=1.9e-07,
+                part=8.71e-05,
                 added=5e-09,
                 backward=0.0,
                 threads=1,

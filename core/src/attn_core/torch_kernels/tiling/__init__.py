@@ -3,6 +3,7 @@
 intervals.py   masks whose queries see one range of keys each -> tiles
 documents.py   documents of a packed sequence -> tiles, or one causal problem each
 boxes.py       neighborhoods on grids -> boxes of queries
+chosen.py      boxes and batches of neighborhoods that a caller chooses
 blocks.py      any other mask, by its `span`, `tile` and `keep`
 runs.py        tiles of one shape, and how they are read from overlapping views
 sequence.py    runs on the operands as they are

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...bias import Neighborhood
 from ...bias.neighborhood import reach
+from .chosen import OWN, Tiles
 from .intervals import Stretch, stretches
 from .runs import Run
 from .sequence import Sequence
@@ -26,9 +27,10 @@ FORWARD_BOXES = {2: (2, 8), 3: (2, 2, 8)}
 BACKWARD_BOXES = {2: (8, 8), 3: (4, 4, 4)}
 
 
-def parts_of(mask: Neighborhood, backward: bool, like: Tensor) -> list[Part]:
+def parts_of(mask: Neighborhood, backward: bool, like: Tensor, chosen: Tiles = OWN) -> list[Part]:
     """The parts of a neighborhood; each query is in one run of one of them."""
     found: list[Part] = []
+    box = chosen.box if chosen.box is not None and len(chosen.box) == len(mask.axes) else None
     for starts in itertools.product(*map(range, mask.dilation)):
         ranges = []
         for (extent, kernel, stride, dilation, causal), start in zip(mask.axes, starts):
@@ -36,17 +38,30 @@ def parts_of(mask: Neighborhood, backward: bool, like: Tensor) -> list[Part]:
             first, last = reach((points, kernel, stride, 1, causal), 0, points)
             ranges.append((first, last + 1))
         if len(ranges) == 1:
-            runs = interval_runs(*ranges[0], backward, like)
-            found.append(Sequence(tuple(runs), starts[0], mask.dilation[0]))
+            rows = None if box is None else box_size(box[0], mask.stride[0], len(ranges[0][0]))
+            runs = interval_runs(*ranges[0], backward, like, rows)
+            found.append(Sequence(_in_batches(runs, chosen), starts[0], mask.dilation[0]))
         else:
-            found += _strips(mask, starts, ranges, backward, like)
+            own = (BACKWARD_BOXES if backward else FORWARD_BOXES)[len(ranges)]
+            found += _strips(mask, starts, ranges, own if box is None else box, like, chosen)
     return found
 
 
+def _in_batches(runs: list[Run], chosen: Tiles) -> tuple[Run, ...]:
+    """The runs with the bound of a batch that is chosen for them."""
+    if chosen.batch_bytes is None:
+        return tuple(runs)
+    return tuple(run._replace(batch_bytes=chosen.batch_bytes) for run in runs)
+
+
 def _strips(
-    mask: Neighborhood, starts: tuple[int, ...], ranges: list[tuple[Tensor, Tensor]], backward: bool, like: Tensor
+    mask: Neighborhood,
+    starts: tuple[int, ...],
+    ranges: list[tuple[Tensor, Tensor]],
+    boxes: tuple[int, ...],
+    like: Tensor,
+    chosen: Tiles,
 ) -> list[Part]:
-    boxes = (BACKWARD_BOXES if backward else FORWARD_BOXES)[len(ranges)]
     sizes = [box_size(size, stride, len(first)) for size, stride, (first, _) in zip(boxes, mask.stride, ranges)]
     along, *across = (stretches(first, end, size) for (first, end), size in zip(ranges, sizes))
     found: list[Part] = []
@@ -65,7 +80,8 @@ def _strips(
             )
             for tiles in along
         ]
-        found.append(Strips(mask.extents, starts, mask.dilation, strips, tuple(runs)))
+        in_batches = _in_batches(runs, chosen)
+        found.append(Strips(mask.extents, starts, mask.dilation, strips, in_batches, chosen.strip_bytes))
     return found
 
 

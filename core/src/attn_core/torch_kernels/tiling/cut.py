@@ -11,6 +11,7 @@ from torch import Tensor
 from ...bias import Causal, Mask, Neighborhood, Segments
 from .blocks import block_runs
 from .boxes import parts_of
+from .chosen import OWN, Tiles
 from .documents import document_runs
 from .intervals import intervals
 from .limited import limited
@@ -28,27 +29,38 @@ def whole(seqlen_q: int, seqlen_kv: int) -> Tiling:
     return of_runs([Run(0, 0, seqlen_q, seqlen_kv)], seqlen_q)
 
 
-def tiling(mask: Mask | None, query: Tensor, seqlen_kv: int, backward: bool, scores: Scores | None) -> Tiling:
+def tiling(
+    mask: Mask | None,
+    query: Tensor,
+    seqlen_kv: int,
+    backward: bool,
+    scores: Scores | None,
+    chosen: Tiles = OWN,
+) -> Tiling:
     """The tiling of a mask, or of none."""
     if mask is not None:
-        return tiling_of(mask, query, backward, scores)
+        return tiling_of(mask, query, backward, scores, chosen)
     one = whole(query.shape[2], seqlen_kv)
     return one if scores is None else for_scores(one, like_of(query), scores.diagonal)
 
 
-def tiling_of(mask: Mask, query: Tensor, backward: bool, scores: Scores | None = None) -> Tiling:
+def tiling_of(mask: Mask, query: Tensor, backward: bool, scores: Scores | None = None, chosen: Tiles = OWN) -> Tiling:
     """The tiling of `mask`, for the forward or the backward; kept where the mask holds no data.
 
-    With `scores`, something is added to the logits of each tile, so that tiles are small.
+    With `scores`, something is added to the logits of each tile, so that tiles are small. What is `chosen` is for
+    neighborhoods.
     """
     like = like_of(query)
+    if type(mask) is not Neighborhood:
+        chosen = OWN
     small = None if scores is None else (scores.diagonal,)
 
     def made() -> Tiling:
-        found = cut(mask, backward, like)
+        found = cut(mask, backward, like, chosen)
         return found if small is None else for_scores(found, like, *small)
 
-    return made() if mask.holds_data else TABLES.get((mask.key, backward, small, like.dtype, like.device), made)
+    key = mask.key, backward, small, like.dtype, like.device, chosen
+    return made() if mask.holds_data else TABLES.get(key, made)
 
 
 def like_of(query: Tensor) -> Tensor:
@@ -69,11 +81,11 @@ def for_scores(found: Tiling, like: Tensor, diagonal: int | None) -> Tiling:
     return replace(found, parts=tuple(parts))
 
 
-def cut(mask: Mask, backward: bool, like: Tensor) -> Tiling:
+def cut(mask: Mask, backward: bool, like: Tensor, chosen: Tiles = OWN) -> Tiling:
     """The tiles of `mask`, their masks as `like` in dtype and device."""
     seqlen_q = mask.bound_lengths()[0]
     if type(mask) is Neighborhood:
-        return Tiling(tuple(parts_of(mask, backward, like)), covers=True, joins=False)
+        return Tiling(tuple(parts_of(mask, backward, like, chosen)), covers=True, joins=False)
     if type(mask) is Causal:
         return of_runs(causal_runs(mask), seqlen_q)
     if type(mask) is Segments:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...bias import Mask
+from .chosen import OWN, Chosen, Tiles
 from .cut import WIDE, like_of, tiling
 from .runs import MASKED, Grads, Operands
 from .scores import Added, Gradients, Scores
@@ -30,9 +31,10 @@ def forward(
     scale: float,
     scores: Scores | None = None,
     held: Sequence[Tensor] = (),
+    chosen: Tiles = OWN,
 ) -> tuple[Tensor, Tensor]:
     """`(out, lse)`; `scale` is above 0, and `held` what the scores hold."""
-    tiles = tiling(mask, query, key.shape[2], False, scores)
+    tiles = tiling(mask, query, key.shape[2], False, scores, chosen)
     wide = WIDE.get(query.dtype, query.dtype)
     dtype = wide if tiles.joins else query.dtype  # what is joined is rounded once
     lse_shape = query.shape[:3]
@@ -62,9 +64,10 @@ def backward(
     scores: Scores | None = None,
     held: Sequence[Tensor] = (),
     wanted: Sequence[bool] = (),
+    chosen: Tiles = OWN,
 ) -> tuple[Tensor, ...]:
     """Gradients to query, key and value, as `empty_like` makes them, and to what is `wanted` of `held`."""
-    tiles = tiling(mask, query, key.shape[2], True, scores)
+    tiles = tiling(mask, query, key.shape[2], True, scores, chosen)
     wide = WIDE.get(query.dtype, query.dtype)
     given = operands = query, key, value
     empty = lse == MASKED
@@ -96,8 +99,8 @@ def _readable(tensor: Tensor) -> Tensor:
 
 
 class Tiled(torch.autograd.Function):
-    """`(query, key, value, mask, scale, scores, *held) -> (out, lse)`, heads-first, differentiable in query, key, value
-    and what the scores hold."""
+    """`(query, key, value, mask, scale, scores, chosen, *held) -> (out, lse)`, heads-first, differentiable in query,
+    key, value and what the scores hold."""
 
     @staticmethod
     def forward(
@@ -107,13 +110,15 @@ class Tiled(torch.autograd.Function):
         mask: Mask | None,
         scale: float,
         scores: Scores | None,
+        chosen: Chosen | None,
         *held: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        return forward(query, key, value, mask, scale, scores, held)
+        tiles = OWN if chosen is None else chosen.forward
+        return forward(query, key, value, mask, scale, scores, held, tiles)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        query, key, value, ctx.mask, ctx.scale, ctx.scores, *held = inputs
+        query, key, value, ctx.mask, ctx.scale, ctx.scores, ctx.chosen, *held = inputs
         ctx.save_for_backward(query, key, value, *output, *held)
         ctx.set_materialize_grads(False)
 
@@ -122,11 +127,12 @@ class Tiled(torch.autograd.Function):
         query, key, value, out, lse, *held = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        wanted = tuple(ctx.needs_input_grad[6:])
-        operands = grad_out, grad_lse, query, key, value, out, lse, ctx.mask, ctx.scale, ctx.scores, wanted
+        wanted = tuple(ctx.needs_input_grad[7:])
+        tiles = OWN if ctx.chosen is None else ctx.chosen.backward
+        operands = grad_out, grad_lse, query, key, value, out, lse, ctx.mask, ctx.scale, ctx.scores, wanted, tiles
         to_query, to_key, to_value, *rest = TiledBackward.apply(*operands, *held)  # type: ignore[no-untyped-call]
         to_held = [rest.pop(0) if want else None for want in wanted]
-        return to_query, to_key, to_value, None, None, None, *to_held
+        return to_query, to_key, to_value, None, None, None, None, *to_held
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *operands: Any) -> Any:
@@ -139,8 +145,8 @@ class TiledBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(*operands: Any) -> tuple[Tensor, ...]:
-        *given, wanted = operands[:11]
-        return backward(*(*given, operands[11:], wanted))
+        *given, wanted, tiles = operands[:12]
+        return backward(*(*given, operands[12:], wanted, tiles))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

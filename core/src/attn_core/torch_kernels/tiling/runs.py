@@ -60,6 +60,7 @@ class Run(NamedTuple):
     causal: bool = False
     empty_rows: bool = False  #: the mask leaves some queries without a key
     more: bool = False
+    batch_bytes: int | None = None  #: bound of a batch of tiles; None: that of the direction
 
 
 class Operands(NamedTuple):
@@ -100,7 +101,7 @@ def forward(runs: Sequence[Run], lanes: Lanes) -> None:
     dim = lanes.query.shape[2] * lanes.query.element_size()
     for whole in runs:
         run, of_run = _with_scores(whole, lanes)
-        for batch, part in _batches(run, of_run, run.rows * dim, FORWARD_BYTES):
+        for batch, part in _batches(run, of_run, run.rows * dim, run.batch_bytes or FORWARD_BYTES):
             beside = _beside(batch, part)
             mask = _mask(batch, part) if beside is None else beside.by_key
             query, key, value = _queries(batch, part.query), _keys(batch, part.key), _keys(batch, part.value)
@@ -131,7 +132,8 @@ def backward(runs: Sequence[Run], lanes: Lanes, grads: Grads) -> None:
     dim = lanes.query.shape[2] * lanes.query.element_size()
     for whole in runs:
         run, of_run = _with_scores(whole, lanes)
-        for batch, part, grad in _batches_with(run, of_run, grads, (run.rows + 2 * run.columns) * dim, BACKWARD_BYTES):
+        tile_bytes, bound = (run.rows + 2 * run.columns) * dim, run.batch_bytes or BACKWARD_BYTES
+        for batch, part, grad in _batches_with(run, of_run, grads, tile_bytes, bound):
             query, key, value = _queries(batch, part.query), _keys(batch, part.key), _keys(batch, part.value)
             lse = _queries(batch, part.lse.unsqueeze(-1)).squeeze(-1)
             operands = _queries(batch, grad.out), query, key, value, _queries(batch, part.out)

@@ -40,6 +40,7 @@ class Strips:
     steps: tuple[int, ...]
     across: tuple[Stretch, ...]
     runs: tuple[Run, ...]
+    strip_bytes: int | None = None  #: in place of STRIPS_BYTES
 
     def forward(self, operands: Operands) -> None:
         """Fills in `out` and `lse` of `[batch, heads, seqlen, dim]` operands."""
@@ -113,10 +114,11 @@ class Strips:
         a_head = rows * prod(stretch.columns for stretch in self.across) * query.shape[3] * query.element_size()
         a_head *= 2 if grads is None else 4
         counts = [stretch.count for stretch in self.across]
+        bound = self.strip_bytes or STRIPS_BYTES
         # As many strips of the first axis that is cut as fit, for all heads; where not even one does, fewer heads.
-        some = max(1, STRIPS_BYTES // (a_head * batch * kv_heads * prod(counts[1:])))
-        entries = batch if a_head * batch * kv_heads <= STRIPS_BYTES else 1
-        at_once = kv_heads if a_head * entries * kv_heads <= STRIPS_BYTES else 1
+        some = max(1, bound // (a_head * batch * kv_heads * prod(counts[1:])))
+        entries = batch if a_head * batch * kv_heads <= bound else 1
+        at_once = kv_heads if a_head * entries * kv_heads <= bound else 1
         group = heads // kv_heads
         for first, b, h in itertools.product(
             range(0, counts[0], some), range(0, batch, entries), range(0, kv_heads, at_once)

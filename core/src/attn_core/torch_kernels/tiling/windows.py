@@ -28,9 +28,9 @@ def causal_runs(mask: Causal) -> list[Run]:
     return [Run(0, 0, rows, full), Run(0, full, rows, columns, causal=True, more=True)]
 
 
-def interval_runs(first: Tensor, end: Tensor, backward: bool, like: Tensor) -> list[Run]:
-    """Runs for queries that see the keys `[first, end)`, int64 `[seqlen_q]` each."""
-    found = stretches(first, end, rows_for(first, end, backward))
+def interval_runs(first: Tensor, end: Tensor, backward: bool, like: Tensor, rows: int | None = None) -> list[Run]:
+    """Runs for queries that see the keys `[first, end)`, int64 `[seqlen_q]` each; in tiles of `rows`, if given."""
+    found = stretches(first, end, rows or rows_for(first, end, backward))
     if len(found) > UNLIKE and sum(stretch.count for stretch in found) < 4 * len(found):
         return _unlike(first, end, like)
     return [run_of(stretch, like) for stretch in found]
