@@ -89,7 +89,7 @@ class Contender:
         self.name = name
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).parent / "neighborhoods" / "contender.py"), name],
-            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(THREADS)},
+            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(THREADS), "PYTHONWARNINGS": "ignore"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
