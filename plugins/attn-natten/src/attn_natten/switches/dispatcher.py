@@ -30,7 +30,7 @@ def use_gemm_na(mode: bool = True) -> None:
 
 
 def is_gemm_na_enabled() -> bool:
-    """What was set; True at first."""
+    """What `use_gemm_na` set; True at first."""
     return GEMM.value
 
 
@@ -41,7 +41,7 @@ def use_tiled_na(mode: bool = True) -> None:
 
 
 def is_tiled_na_enabled() -> bool:
-    """What was set; True at first."""
+    """What `use_tiled_na` set; True at first."""
     return TILED.value
 
 
@@ -52,7 +52,7 @@ def use_tf32_in_gemm_na(mode: bool = True) -> None:
 
 
 def is_tf32_in_gemm_na_enabled() -> bool:
-    """What was set; True at first."""
+    """What `use_tf32_in_gemm_na` set; True at first."""
     return TF32.value
 
 

@@ -78,7 +78,10 @@ def allow_flex_compile(mode: bool = True, backprop: bool = False) -> None:
 
 
 def allow_flex_compile_backprop(mode: bool = True) -> None:
-    """The same where it is differentiated, and nothing where compiling is not allowed at all. Raises as above."""
+    """Allows FlexAttention to be compiled where it is differentiated, too, if it is allowed at all.
+
+    Kept, and warned of, as `allow_flex_compile` is; raises what that does.
+    """
     checked_mode(mode, "allow_flex_compile_backprop")
     say_no_effect("allow_flex_compile_backprop", WHY_NOT)
     with LOCK:
@@ -86,25 +89,25 @@ def allow_flex_compile_backprop(mode: bool = True) -> None:
 
 
 def disable_flex_compile() -> None:
-    """Forbids both."""
+    """Forbids FlexAttention to be compiled."""
     say_no_effect("disable_flex_compile", WHY_NOT)
     with LOCK:
         COMPILE.value = COMPILE_BACKPROP.value = False
 
 
 def disable_flex_compile_backprop() -> None:
-    """Forbids it where it is differentiated."""
+    """Forbids FlexAttention to be compiled where it is differentiated."""
     say_no_effect("disable_flex_compile_backprop", WHY_NOT)
     COMPILE_BACKPROP.value = False
 
 
 def is_flex_compile_allowed() -> bool:
-    """False at first."""
+    """False until `allow_flex_compile()`."""
     return COMPILE.value
 
 
 def is_flex_compile_backprop_allowed() -> bool:
-    """False at first."""
+    """False until `allow_flex_compile(backprop=True)`, or `allow_flex_compile_backprop()` after it."""
     return COMPILE_BACKPROP.value
 
 

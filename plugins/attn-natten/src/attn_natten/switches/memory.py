@@ -10,7 +10,7 @@ from .effect import NOTHING_SPLITS, SPLITTING, Effect, say_no_effect, splits_som
 
 
 class MemoryUsagePreference(Enum):
-    """Members as in NATTEN."""
+    """What `set_memory_usage_preference` sets; members as in NATTEN."""
 
     Default = 0
     Strict = 1
@@ -38,22 +38,22 @@ def set_memory_usage_preference(pref: str = "default") -> None:
 
 
 def get_memory_usage_preference() -> MemoryUsagePreference:
-    """`MemoryUsagePreference.Default` at first."""
+    """The preference in force; `MemoryUsagePreference.Default` at first."""
     return _State.preference
 
 
 def is_memory_usage_default() -> bool:
-    """Whether it is "default"."""
+    """Whether the preference in force is "default"."""
     return _State.preference is MemoryUsagePreference.Default
 
 
 def is_memory_usage_strict() -> bool:
-    """Whether it is "strict"."""
+    """Whether the preference in force is "strict"."""
     return _State.preference is MemoryUsagePreference.Strict
 
 
 def is_memory_usage_unrestricted() -> bool:
-    """Whether it is "unrestricted"."""
+    """Whether the preference in force is "unrestricted"."""
     return _State.preference is MemoryUsagePreference.Unrestricted
 
 

@@ -13,7 +13,9 @@ STRICT = Flag("strict_checks")
 
 
 def use_strict_checks(mode: bool = True) -> None:
-    """Refuse what NATTEN 0.17's kernels could not take, by the errors that it raised (see the module's text).
+    """Refuses what NATTEN 0.17 refused and this package can take, such as even kernel sizes, by its errors.
+
+    The text of this module has the list.
 
     Raises InputError for a mode that is not a bool.
     """
