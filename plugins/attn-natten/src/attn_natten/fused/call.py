@@ -72,17 +72,17 @@ def neighborhood_attention(
         refuse_tangents(query, key, value, rpb, additional_keys, additional_values)
     kernel = None if backend is None else kernel_of(backend, FNA)
     q, k, v = query, key, value
-    if rank > 1:
-        q, k, v = q.flatten(1, rank), k.flatten(1, rank), v.flatten(1, rank)
     wants_lse = return_lse or has_more
     try:
+        if rank > 1:
+            q, k, v = q.flatten(1, rank), k.flatten(1, rank), v.flatten(1, rank)
         if State.settings.on or flex.is_flex_attention_enabled():
             with switched(found, query, key, value, bias, kernel):
                 result = _attention(q, k, v, bias, scale=scale, return_lse=wants_lse, kernel=kernel)
         else:
             result = _attention(q, k, v, bias, scale=scale, return_lse=wants_lse, kernel=kernel)
-    except (InputError, InputTypeError):
-        check_heads_last(query, key, value, rank)  # dtypes and devices, which `known` does not look at
+    except (InputError, InputTypeError, RuntimeError):
+        check_heads_last(query, key, value, rank)  # dtypes, devices and layouts, which `known` does not look at
         raise
     if not wants_lse:
         return result if rank == 1 else result.view(found.out)
