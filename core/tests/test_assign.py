@@ -264,7 +264,8 @@ def test_strict_raises_at_once_with_the_innermost_module_s_name(model):
     choices = {"blocks.*": FLASH, "*.attn": FLASH}
     with assign(model, choices, strict=True), pytest.raises(KernelRefusedError) as caught:
         model(X)
-    assert str(caught.value).startswith("blocks.1.attn: prefer('torch/flash', strict=True): none of these takes")
+    assert str(caught.value).startswith("blocks.1.attn (")
+    assert "prefer('torch/flash', strict=True): none of these takes" in str(caught.value).splitlines()[0]
     assert "softcap" in str(caught.value)
     assert current.get().settings.only == ()
     with assign(model, {"blocks.*": FLASH}):  # not strict: another takes it
@@ -297,7 +298,7 @@ def test_a_copy_of_one_block_does_not_copy_the_model(model):
     assign(model, {"blocks.0": MATH})
     block = copy.deepcopy(model.blocks[0])
     assert block.forward.module is block
-    assert set(vars(block.forward)) == {"module", "name", "before", "entries", "scopes"}
+    assert set(vars(block.forward)) == {"module", "before", "entries", "scopes"}
 
 
 def test_a_model_is_pickled_with_it(model):

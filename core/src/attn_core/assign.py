@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .calling_module import as_written, runs_no_attention
-from .errors import InputError, InputTypeError, KernelRefusedError, suggestion
+from .errors import InputError, InputTypeError, suggestion
 from .scope import prefer
 
 #: Of a module's own, where `assign` puts its function.
@@ -73,7 +73,7 @@ def assign(model: nn.Module, choices: Mapping[str, str | tuple[str, ...]], stric
     for name, module, scope in found:  # only now: a choice that is wrong changes nothing
         if (id(module), id(scope)) not in given:  # a shared module has several names
             given.add((id(module), id(scope)))
-            forwards.append(_own_forward(module, name))
+            forwards.append(_own_forward(module))
             forwards[-1].add(token, scope)
         assigned[name] = scope.patterns + assigned.get(name, ())
     return Assignment(token, forwards, assigned)
@@ -107,9 +107,8 @@ class Assignment:
 class AssignedForward:
     """The `forward` of a module that has choices: that which it had, within their scopes."""
 
-    def __init__(self, module: nn.Module, name: str) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.name = name
         self.before = module.__dict__.get(FORWARD)  # someone else's; None: that of its class
         #: (whose, patterns, strict), the innermost last.
         self.entries: tuple[tuple[int, tuple[str, ...], bool], ...] = ()
@@ -118,11 +117,7 @@ class AssignedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             return self._traced(self.entries, args, kwargs)
-        try:
-            return self._within(self.scopes, args, kwargs)
-        except KernelRefusedError as error:
-            _name(error, self.name)
-            raise
+        return self._within(self.scopes, args, kwargs)
 
     @property
     def __wrapped__(self) -> Any:
@@ -130,20 +125,18 @@ class AssignedForward:
         return getattr(type(self.module), FORWARD).__get__(self.module) if self.before is None else self.before
 
     def add(self, token: int, scope: prefer) -> None:
-        self._set((*self.entries, (token, scope.patterns, scope.strict)))
+        self.entries = (*self.entries, (token, scope.patterns, scope.strict))
+        self.scopes = (*self.scopes, scope)
 
     def drop(self, token: int) -> None:
         """Forgets the choices of one assignment; after the last, gives the module its own `forward` back."""
-        self._set(tuple(entry for entry in self.entries if entry[0] != token))
+        kept = [pair for pair in zip(self.entries, self.scopes, strict=True) if pair[0][0] != token]
+        self.entries, self.scopes = tuple(entry for entry, _ in kept), tuple(scope for _, scope in kept)
         # One that someone else wrapped stays, as theirs calls it.
         if not self.entries and self.module.__dict__.get(FORWARD) is self:
             del self.module.__dict__[FORWARD]
             if self.before is not None:
                 self.module.__dict__[FORWARD] = self.before
-
-    def _set(self, entries: tuple[tuple[int, tuple[str, ...], bool], ...]) -> None:
-        self.entries = entries
-        self.scopes = tuple(prefer(*patterns, strict=strict) for _, patterns, strict in entries)
 
     def _stock(self, args: Any, kwargs: Any) -> Any:
         if self.before is not None:
@@ -164,18 +157,11 @@ class AssignedForward:
             return self._traced(entries[1:], args, kwargs)
 
 
-def _own_forward(module: nn.Module, name: str) -> AssignedForward:
+def _own_forward(module: nn.Module) -> AssignedForward:
     own = module.__dict__.get(FORWARD)
     if not isinstance(own, AssignedForward):
-        own = module.__dict__[FORWARD] = AssignedForward(module, name)
+        own = module.__dict__[FORWARD] = AssignedForward(module)
     return own
-
-
-def _name(error: KernelRefusedError, name: str) -> None:
-    """Puts the innermost module's name before what an error says."""
-    if not getattr(error, "module", None) and error.args and isinstance(error.args[0], str):
-        error.module = name or "the model"  # type: ignore[attr-defined]
-        error.args = (f"{error.module}: {error.args[0]}", *error.args[1:])  # type: ignore[attr-defined]
 
 
 def _outermost(names: list[tuple[str, nn.Module]], pattern: str) -> list[tuple[str, nn.Module]]:

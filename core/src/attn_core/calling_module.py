@@ -1,14 +1,18 @@
-"""Which module of a model a call comes from, while somebody records it.
+"""Which module of a model a call comes from: while somebody records it, and for errors.
 
-Hooks on the modules keep a stack for each task. They are there within `record(model)` alone, so nobody else pays; and a
-compiled graph does not notice a hook that comes after it, so none is traced again for them (one that was traced with
-them is, once, when they are gone). While a graph is traced, what a hook does is done at once, as plain Python: the
-choices made then have their module, too.
+To record: hooks on the modules keep a stack for each task. They are there within `record(model)` alone, so nobody else
+pays; and a compiled graph does not notice a hook that comes after it, so none is traced again for them (one that was
+traced with them is, once, when they are gone). While a graph is traced, what a hook does is done at once, as plain
+Python: the choices made then have their module, too.
+
+For errors: the Python stack, which is there anyway.
 """
 
 from __future__ import annotations
 
+import sys
 from contextvars import ContextVar
+from types import FrameType
 from typing import Any
 
 import torch
@@ -90,6 +94,59 @@ def _leave(module: int) -> None:
         inside = inside[1]
     if inside is not None:
         _inside.set(inside[1])
+
+
+@constant
+def in_its_module(text: str) -> str:
+    """`text` with the module before it whose forward asks for attention now: `blocks.0.attn (its class): text`.
+
+    Unchanged outside of every module. The name is that within the outermost module that is running. Read off the
+    stack, and, while a graph is traced, off the tracer's account of it: nothing is noted for it beforehand.
+    """
+    running, traced = _running(), _traced()
+    if traced is not None:
+        key, path, cls, at_hand = traced
+        found = _name_of(key, [*running, *at_hand]) or (path, cls)
+    elif running:
+        found = _name_of(id(running[-1]), running) or ("", type(running[-1]))
+    else:
+        return text
+    name, kind = as_written(found[0]), f"{found[1].__module__}.{found[1].__qualname__}"
+    return f"{name} ({kind}): {text}" if name else f"{kind}: {text}"
+
+
+def _running() -> list[nn.Module]:
+    """The modules with a method on the Python stack, the outermost first."""
+    modules: list[nn.Module] = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module):
+            modules.append(owner)
+        frame = frame.f_back
+    return modules[::-1]
+
+
+def _traced() -> tuple[int, str, type, list[nn.Module]] | None:
+    """Of the innermost module in the graph that this thread traces: id, how the tracer reaches it, class; and modules
+    that it may be part of. None where no graph is traced, or no module is called in it."""
+    dynamo: Any = sys.modules.get("torch._dynamo.symbolic_convert")
+    tracer = None if dynamo is None else getattr(dynamo.tls, "current_tx", None)
+    if tracer is None or not (called := tracer.output.current_tx.nn_module_stack):
+        return None
+    key, (path, cls) = list(called.items())[-1]
+    number = key.partition("@")[0]
+    at_hand = [value for value in tracer.f_locals.values() if isinstance(value, nn.Module)]
+    return int(number) if number.isdigit() else 0, path, cls, at_hand
+
+
+def _name_of(key: int, modules: list[nn.Module]) -> tuple[str, type] | None:
+    """Name and class of the module with that id, in the first of these that has it among its own."""
+    for outer in modules:
+        for name, module in outer.named_modules():
+            if id(module) == key:
+                return name, type(module)
+    return None
 
 
 def as_written(name: str) -> str:

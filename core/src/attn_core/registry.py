@@ -115,6 +115,8 @@ class Registry:
         self._conditions: dict[str, Condition] = {}
         self._runs: dict[str, Run] = {}
         self._on_change: list[Callable[[], None]] = []
+        #: What ATTN_PREFER says, until it was looked at whether there are such kernels.
+        self._wishes: tuple[str, ...] = ()
         #: What a traced graph reads: functions by kernel name, and their own limits.
         self.traceable = Traceable()
         self.refusers = Traceable()
@@ -185,6 +187,13 @@ class Registry:
             return measured.rates
         return shipped_rates(device)
 
+    def say_what_is_missing(self) -> None:
+        """Warns, once, of what ATTN_PREFER names and nobody has; asked when one is chosen: by then all are there."""
+        wishes, self._wishes = self._wishes, ()
+        for pattern in wishes:
+            if not any(fnmatchcase(name, pattern) for name in self._kernels):
+                warnings.warn(f"ATTN_PREFER: {self._unknown(pattern)}", stacklevel=2)
+
     # Changes
 
     def use_costs(self, calibration: Calibration | None) -> None:
@@ -252,6 +261,7 @@ class Registry:
                 left_out = self._load_all(environment)
             finally:
                 self._loading = False
+            self._wishes = environment.prefer
             self._loaded = True
             self._changed()
         for text in left_out:  # at the end: where warnings are errors, the others are there all the same

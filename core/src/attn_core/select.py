@@ -15,6 +15,7 @@ import torch
 
 from . import known_bad
 from .adapt import ADAPTATIONS, Adaptation
+from .calling_module import in_its_module
 from .capabilities import Refusal
 from .cost import Terms
 from .errors import KernelRefusedError, NoKernelError
@@ -151,6 +152,7 @@ def _estimated(kernel: Kernel, problem: Problem) -> tuple[Terms | None, Refusal 
 def rank(registry: Registry, problem: Problem, settings: Settings, *, limits: bool = True) -> list[Candidate]:
     """Every kernel, those that take the problem first, the best of them at the top."""
     found = [consider(registry, kernel, problem, settings, limits=limits) for kernel in registry.kernels()]
+    registry.say_what_is_missing()
     last = len(settings.prefer)
 
     def order(candidate: Candidate) -> tuple[bool, int, float, str]:
@@ -176,9 +178,9 @@ def choose(
     candidates = rank(registry, problem, settings, limits=limits)
     if not candidates or not candidates[0].takes:
         if settings.only:
-            raise KernelRefusedError(_none_of(settings.only, problem, candidates))
+            raise KernelRefusedError(in_its_module(_none_of(settings.only, problem, candidates)))
         reasons = "\n".join(told(candidate) for candidate in candidates) or "no kernel is registered"
-        raise NoKernelError(f"no kernel takes this problem: {problem}\n{reasons}")
+        raise NoKernelError(in_its_module(f"no kernel takes this problem: {problem}\n{reasons}"))
     return candidates[0]
 
 
@@ -224,6 +226,8 @@ def check_strict(name: str, reason: str, only: tuple[str, ...]) -> None:
     """Raises KernelRefusedError where a strict scope does not let `name` run, which is no kernel of the registry."""
     if only and not matches(name, only):
         raise KernelRefusedError(
-            f"{strict_scope(only)}: this call would go to {name!r} ({reason}), past every kernel; leave strict out, or"
-            f" add {name!r} to the patterns"
+            in_its_module(
+                f"{strict_scope(only)}: this call would go to {name!r} ({reason}), past every kernel; leave strict out,"
+                f" or add {name!r} to the patterns"
+            )
         )

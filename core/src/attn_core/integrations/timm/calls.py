@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from dataclasses import dataclass
-from types import FrameType
+from types import CodeType
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ...bias import Causal
 from ...by_methods import with_causal
+from ...calling_module import in_its_module
 from ...dispatch import SDPA, SDPA_GQA, call
-from ...errors import IntegrationWarning, KernelRefusedError
+from ...errors import IntegrationWarning
 from ...explain import explain
 from ...scope import Scope, Settings, current, prefer
 from ...select import matches
@@ -96,10 +97,8 @@ def from_timm(
         return call(door, query, key, value, bias, scale, None, dropout_p, False, None)  # type: ignore[no-any-return]
     token = current.set(preference.scope())
     try:
-        _look_at(_frame(1), door, query, key, value, bias, scale, dropout_p)
+        _look_at(_frame(1).f_code, door, query, key, value, bias, scale, dropout_p)
         return call(door, query, key, value, bias, scale, None, dropout_p, False, None)  # type: ignore[no-any-return]
-    except KernelRefusedError as error:
-        raise KernelRefusedError(f"{caller(_frame(1))}: {error}") from error
     finally:
         current.reset(token)
 
@@ -145,7 +144,7 @@ def _bias_of(attn_mask: Any, is_causal: bool, query: Tensor) -> Any:
 
 
 def _look_at(
-    frame: FrameType,
+    place: CodeType,
     door: int,
     query: Tensor,
     key: Tensor,
@@ -156,7 +155,7 @@ def _look_at(
 ) -> None:
     """Warns, once per place and kind of call, where no preferred kernel takes it; names the module and the reasons."""
     kind = (
-        id(frame.f_code),
+        id(place),
         bias is None,
         torch.is_grad_enabled() and (query.requires_grad, getattr(bias, "requires_grad", False)),
         query.dtype,
@@ -182,16 +181,5 @@ def _look_at(
         for verdict in found
         if matches(verdict.kernel, options.prefer)
     ]
-    warnings.warn(
-        "\n".join([f"{caller(frame)}: {found.chosen} runs, for no preferred kernel takes its call", *lines]),
-        IntegrationWarning,
-        stacklevel=4,
-    )
-
-
-def caller(frame: FrameType) -> str:
-    """The class of the module that called, or else its function."""
-    owner = frame.f_locals.get("self")
-    if owner is None:
-        return f"{frame.f_globals.get('__name__')}.{frame.f_code.co_name}"
-    return f"{type(owner).__module__}.{type(owner).__qualname__}"
+    told = in_its_module(f"{found.chosen} runs, for no preferred kernel takes this call")
+    warnings.warn("\n".join([told, *lines]), IntegrationWarning, stacklevel=4)
