@@ -34,12 +34,12 @@ from attn_core import (
     register,
 )
 from attn_core.integrations import timm as attn_timm
-from attn_core.integrations.torch import redirection
+from attn_core.integrations.torch import redirection, swap
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest imports tests without their folder on it
 import timm_checks
-from timm_checks import bitwise, check, enabled, output_difference, run
+from timm_checks import OUTPUT_TOLERANCE, bitwise, check, enabled, output_difference, run
 from timm_models import BIAS, FAST, SEED, WINDOWS, Arch, small
 
 timm_checks.define_torchvision_ops()
@@ -365,7 +365,7 @@ def test_a_kernel_without_gradient_to_the_bias_is_passed_over_with_one_warning_t
             ours = run(model, images)
             run(model, images)
         (warning,) = (str(each.message) for each in said)
-        assert warning.startswith("timm.models.swin_transformer.WindowAttention: ")
+        assert warning.startswith("layers.0.blocks.0.attn (timm.models.swin_transformer.WindowAttention): ")
         assert f"{no_bias_gradient} is refused: " in warning
         tables = [name for name in stock.gradients if name.endswith("relative_position_bias_table")]
         assert len(tables) == 2
@@ -382,9 +382,65 @@ def test_strict_raises_at_once_and_names_the_module(no_bias_gradient):
     model, images = SWIN.build(), SWIN.images()
     with (
         enabled(prefer=(no_bias_gradient,), strict=True),
-        pytest.raises(KernelRefusedError, match=r"timm\.models\.swin_transformer\.WindowAttention: (.|\n)*bias"),
+        pytest.raises(KernelRefusedError, match=r"^layers\.0\.blocks\.0\.attn \(timm\..*\): prefer\((.|\n)*bias"),
     ):
         model(images)
+
+
+def test_strict_names_the_module_of_a_compiled_model_too(no_bias_gradient):
+    model, images = SWIN.build(), SWIN.images()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with (
+        enabled(prefer=(no_bias_gradient,), strict=True),
+        pytest.raises(Exception, match=r"layers\.0\.blocks\.0\.attn \(timm\.models\.swin_transformer\.Window"),
+    ):
+        compiled(images)
+    torch.compiler.reset()
+
+
+# Beside a swap.
+
+
+@pytest.mark.parametrize("arch", [VIT, SWIN], ids=str)
+def test_a_model_can_be_swapped_while_timm_is_enabled_and_stays_attns_when_it_is_no_more(arch):
+    model, images = arch.build(), arch.images()
+    stock = run(model, images)
+    attn_timm.enable()
+    with swap(model) as handle:
+        assert len(handle.swapped) == 2
+        assert handle.left == {}
+        for enabled_still in (True, False):
+            assert attn_timm.is_enabled() == enabled_still
+            with record(model) as calls:
+                ours = run(model, images)
+            assert set(calls.by_module) == set(handle.swapped)
+            assert output_difference(ours, stock) <= OUTPUT_TOLERANCE
+            assert {row.module for row in attn_timm.report(model).redirected} == set(handle.swapped)
+            attn_timm.disable()
+    assert bitwise(stock, run(model, images))
+
+
+def test_a_model_that_was_swapped_before_keeps_its_way_while_timm_is_enabled():
+    model, images = VIT.build(), VIT.images()
+    with swap(model), torch.no_grad():
+        with enabled(prefer=("torch/math",)), record() as calls:
+            model(images)
+            report = attn_timm.report(model)
+        assert calls.kernels == {"torch/flash": 2}  # that is for timm's own classes
+        assert [row.reason for row in report] == ["swapped by attn_core.integrations.torch"] * 2
+    off = SWIN.build()  # timm leaves its flag off
+    with swap(off), torch.no_grad(), record() as calls:
+        off(SWIN.images())
+        assert [row.reason for row in attn_timm.report(off).left_alone] == [
+            "fused_attn is off, which a class that was swapped heeds"
+        ] * 2
+    assert calls.kernels == {}
+
+
+def test_a_swap_says_of_a_class_that_was_made_for_attn_that_it_calls_attn_already():
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, attn_layer=attn_timm.Attention)
+    with pytest.raises(InputError, match=r"blocks\.0\.attn: left: its class calls attn already"):
+        swap(vit)
 
 
 def test_a_mask_beside_is_causal_is_an_error():
@@ -567,6 +623,10 @@ def test_the_report_says_why_each_module_is_left_alone():
     assert [row["redirected"] for row in report.to_dict()].count(True) == 1
     with pytest.raises(KeyError):
         report["nothing"]
+    attn_core.enable("torch")
+    with enabled():
+        assert {row.module for row in attn_timm.report(model).left_alone} == {"cosine", "einsum"}
+    attn_core.disable("torch")
 
 
 def test_the_report_shows_as_a_table():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -112,6 +113,18 @@ def test_a_library_that_is_not_installed_is_an_error_with_the_line_to_type(insta
     assert not torch_host.is_enabled()
 
 
+@pytest.mark.parametrize("name", ["timm", "transformers", "diffusers"])
+@pytest.mark.parametrize("own", [True, False], ids=["its own enable", "attn_core.enable"])
+def test_so_it_is_for_each_library_and_nothing_is_enabled(installed, name, own):
+    installed({name: None})
+    enable = hosts.HOSTS[name].integration.enable if own else lambda: attn_core.enable(name)
+    told = rf'enable: {name} is not installed.\nTo install it: pip install "{name}>='
+    with pytest.raises(MissingPackageError, match=told):
+        enable()
+    assert not hosts.HOSTS[name].enabled
+    attn_core.disable(name)  # of what is not enabled: nothing
+
+
 def test_where_one_cannot_be_enabled_those_before_it_are_disabled_again(installed, monkeypatch):
     installed({"timm": "1.0.31"})
     timm = hosts.HOSTS["timm"].integration
@@ -138,6 +151,26 @@ def test_a_version_outside_of_the_tested_range_warns_once_and_names_the_range(in
         warnings.simplefilter("error")
         attn_core.enable("torch")
     assert kernels()
+
+
+@pytest.mark.parametrize("name", hosts.HOSTS)
+@pytest.mark.parametrize("version", ["0.0.1", "99.0"])
+def test_so_it_is_for_each_library_older_or_newer(installed, name, version):
+    installed({name: version})
+    tested = hosts.HOSTS[name].tested
+    told = f"{name} {version} is outside of the versions that attn is tested with, {tested}: compare"
+    with pytest.warns(IntegrationWarning, match=re.escape(told)):
+        hosts.check_version(hosts.HOSTS[name])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hosts.check_version(hosts.HOSTS[name])
+
+
+def test_a_librarys_own_enable_says_it_too_and_to_whom_calls_it(installed):
+    installed({"torch": "99.0"})
+    with pytest.warns(IntegrationWarning, match=r"torch 99.0 is outside") as heard:
+        torch_host.enable()
+    assert [each.filename for each in heard] == [__file__]
 
 
 def test_the_installed_torch_is_within_the_tested_range():

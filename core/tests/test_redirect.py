@@ -391,6 +391,36 @@ def test_a_kernel_that_calls_torchs_attention_gets_torchs():
     assert inner == [{}] * 3
 
 
+DOORS = {
+    "attention": lambda q, k, v: attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2),
+    "scaled_dot_product_attention": attn_core.scaled_dot_product_attention,
+    "plan": lambda q, k, v: attn_core.plan(q, k, v, layout="heads-first")(q, k, v),
+}
+
+
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS.keys())
+@pytest.mark.parametrize("how", ["block", "process"])
+def test_so_does_one_that_attn_was_asked_for_directly(door, how):
+    depth = []
+
+    @register_sdpa("mine/again", devices={"cpu"}, dtypes={torch.float32}, head_dims=ANY_DIM)
+    def again(query, key, value, *, scale=None):
+        depth.append(None)
+        assert len(depth) == 1, "it was called by itself"
+        return F.scaled_dot_product_attention(query, key, value, scale=scale)
+
+    q, k, v = operands()
+    with again, attn_core.prefer("mine/again"):
+        if how == "process":
+            enable(prefer="mine/again")
+            ours = door(q, k, v)
+        else:
+            with redirect_sdpa(prefer="mine/again"):
+                ours = door(q, k, v)
+    assert depth == [None]
+    assert torch.equal(ours, STOCK(q, k, v))
+
+
 @follows_when_compiled
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_so_does_one_in_a_compiled_graph():

@@ -62,7 +62,7 @@ def enable(*hosts: str, prefer: Collection[str] | str = (), strict: bool = False
         raise InputError(f"enable: takes one or more of {', '.join(HOSTS)}; got none")
     chosen = [host_named(name, "enable") for name in hosts]
     for host in chosen:
-        check_version(host)
+        check_version(host, stacklevel=4)
     ours: list[Host] = []
     try:
         for host in chosen:
@@ -92,10 +92,10 @@ def host_named(name: str, who: str) -> Host:
     return host
 
 
-def check_version(host: Host) -> None:
+def check_version(host: Host, stacklevel: int = 3) -> None:
     """Warns, once for each version, where the installed one is outside of what is tested.
 
-    Raises MissingPackageError where it is not installed.
+    Raises MissingPackageError where it is not installed. `stacklevel`: whom the warning is for, 2 being the caller.
     """
     import importlib_metadata
 
@@ -112,7 +112,7 @@ def check_version(host: Host) -> None:
         f"{host.name} {version} is outside of the versions that attn is tested with, {host.tested}: compare a result"
         f" with {host.name}'s own before you rely on it",
         IntegrationWarning,
-        stacklevel=4,
+        stacklevel=stacklevel,
     )
 
 

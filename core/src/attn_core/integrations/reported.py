@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 if TYPE_CHECKING:
     from rich.table import Table
+
+TORCH_HOST = "attn_core.integrations.torch"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +83,16 @@ class Report:
         for (redirected, kind, reason), names in self._joined().items():
             table.add_row(_some(names), kind, "yes" if redirected else "no", reason)
         return table
+
+
+def by_torch(module: nn.Module, what: str = "calls torch's attention itself") -> tuple[bool, str]:
+    """(whether it is redirected, why or why not) of a module that only the integration of torch reaches."""
+    host = sys.modules.get(TORCH_HOST)
+    if host is not None and host.is_swapped(module):
+        return True, f"swapped by {TORCH_HOST}"
+    if host is not None and host.is_enabled():
+        return True, f"{what}; redirected by {TORCH_HOST}"
+    return False, f'{what}; attn_core.enable("torch") redirects it'
 
 
 def _some(names: list[str]) -> str:

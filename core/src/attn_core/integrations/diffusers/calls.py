@@ -15,7 +15,7 @@ from ...dispatch import PLAIN
 from ...errors import InputError
 from ...functional import attention, scaled_dot_product_attention
 from ...record import STOCK, recording
-from ...scope import current, prefer
+from ...scope import current
 from ...select import check_strict
 
 #: What `record` says of calls that are left to diffusers.
@@ -220,22 +220,6 @@ def _stock(run: Forward, query: Tensor, key: Tensor, value: Tensor, bias: Any, r
     if scope.recorders:
         run = recording(run, scope.recorders, STOCK, None, reason=reason)
     return run(query, key, value, bias)
-
-
-def in_scope(run: Forward, patterns: tuple[str, ...], strict: bool) -> Forward:
-    """`run`, in a scope of its own where there is something to prefer. Raises what `prefer` raises."""
-    if not patterns and not strict:
-        return run
-    scope = prefer(*patterns, strict=strict)
-
-    def in_its_scope(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():  # which enters none that was made outside the graph
-            with prefer(*patterns, strict=strict):
-                return run(*args, **kwargs)
-        with scope:
-            return run(*args, **kwargs)
-
-    return in_its_scope
 
 
 def own_call(

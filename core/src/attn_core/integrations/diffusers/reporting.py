@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..reported import Report, ReportRow
+from ..reported import Report, ReportRow, by_torch
 from . import calls
 from .own_calls import is_redirected
 
@@ -40,7 +40,7 @@ def report(model: nn.Module) -> Report:
 def _answer(module: nn.Module) -> tuple[bool, str] | None:
     """(whether attn computes it, why or why not); None for a module without attention."""
     if isinstance(module, nn.MultiheadAttention):
-        return False, "torch's own module, not diffusers'; attn_core.enable(\"torch\") redirects it"
+        return by_torch(module, "torch's own module, not diffusers'")
     processor = getattr(module, "processor", None)
     cls = type(module if processor is None else processor)
     if cls.__module__.startswith("torch.nn."):  # nn.Softmax belongs to whoever uses it
@@ -49,7 +49,7 @@ def _answer(module: nn.Module) -> tuple[bool, str] | None:
     if DISPATCH in names:
         return _of_the_dispatcher(processor if processor is not None else module, names)
     if SDPA in names:
-        return _of_its_own_call(cls)
+        return _of_its_own_call(module, cls)
     if processor is not None:
         return False, f"{cls.__name__} computes by itself: it calls neither diffusers' backends nor torch's attention"
     if names & set(SOFTMAX):
@@ -70,13 +70,13 @@ def _of_the_dispatcher(chooser: Any, names: set[str]) -> tuple[bool, str]:
     return True, "by its name"
 
 
-def _of_its_own_call(cls: type) -> tuple[bool, str]:
+def _of_its_own_call(module: nn.Module, cls: type) -> tuple[bool, str]:
     if cls.__module__.partition(".")[0] != "diffusers":
-        return False, "calls torch's attention in code that is not diffusers'; attn_core.enable(\"torch\") redirects it"
+        return by_torch(module, "calls torch's attention in code that is not diffusers'")
     if calls.state is None:
         return False, NOT_ENABLED
     if not is_redirected(cls.__module__):
-        return False, 'calls torch\'s attention by a name that is not redirected; attn_core.enable("torch") does that'
+        return by_torch(module, "calls torch's attention by a name that is not redirected")
     return _if_active("by its own call of torch's attention")
 
 

@@ -23,9 +23,11 @@ from typing import Any
 
 from ...bias import AttnBias
 from ...errors import InputError
+from ..hosts import HOSTS, check_version
+from ..in_scope import in_scope, scope_of
 from ..missing import MissingPackageError, need
 from . import calls
-from .calls import State, attention_forward, in_scope, own_call
+from .calls import State, attention_forward, own_call
 from .enum_member import add_member, member_of, remove_member
 from .own_calls import DISPATCHER, OwnCalls
 
@@ -63,8 +65,9 @@ def enable(*, prefer: Collection[str] | str = (), strict: bool = False) -> None:
     a backend "attn" of its own, and for `strict` without `prefer`; UnknownKernelError for a plain name in `prefer`
     that nobody registered.
     """
-    patterns = (prefer,) if isinstance(prefer, str) else tuple(prefer)
-    forward, own = (in_scope(run, patterns, strict) for run in (attention_forward, own_call))
+    check_version(HOSTS["diffusers"])
+    scope = scope_of(prefer, strict)
+    forward, own = in_scope(attention_forward, scope), in_scope(own_call, scope)
     module = _dispatcher()
     names, registry = module.AttentionBackendName, module._AttentionBackendRegistry
     with _lock:

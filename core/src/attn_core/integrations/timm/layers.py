@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ...errors import InputTypeError
+from ..torch import reach
 from . import calls, fused
 from .host import host
 from .sites import FUSED, RENAMED, SDPA, bare, mentions, renamed, sites
@@ -30,6 +31,7 @@ CLASSES = {
 #: Names in the methods of these classes; whether timm's own are changed at the time does not matter.
 OWN = {SDPA: "_attn_timm_layer_sdpa", FUSED: "_attn_timm_layer_fused"}
 OWN |= {RENAMED[name]: OWN[name] for name in RENAMED}
+reach.OURS.add(OWN[SDPA])
 
 
 @functools.cache

@@ -11,7 +11,8 @@ from types import CodeType
 import torch
 from torch import nn
 
-from ..reported import Report, ReportRow
+from ..reported import Report, ReportRow, by_torch
+from ..torch import is_swapped
 from . import fused
 from .layers import OWN, is_attn_layer
 from .reasons import NEVER, why_never
@@ -42,7 +43,7 @@ def _answer(module: nn.Module) -> tuple[bool, str] | None:
     if isinstance(module, torch.fx.GraphModule):
         return _of_graph(module)
     if isinstance(module, nn.MultiheadAttention):
-        return False, "torch's own module, not timm's; attn_core.integrations.torch redirects it"
+        return by_torch(module, "torch's own module, not timm's")
     if cls.__module__.startswith("torch.nn."):  # nn.Softmax belongs to whoever uses it
         return None
     calls = _codes(cls, *CALLS)
@@ -50,11 +51,16 @@ def _answer(module: nn.Module) -> tuple[bool, str] | None:
         return (False, why_never(cls)) if _codes(cls, *SOFTMAX) else None
     if is_attn_layer(module):
         return _unless_off(module, "by its class")
+    changed = any(mentions(code, RENAMED[SDPA]) for _, code in calls)
+    if is_swapped(module):
+        if not changed and not getattr(module, "fused_attn", True):
+            return False, "fused_attn is off, which a class that was swapped heeds"
+        return _unless_off(module, by_torch(module)[1])
     if not any(owner.__module__.partition(".")[0] == "timm" for owner, _ in calls):
-        return False, "calls torch's attention in code that is not timm's; attn_core.integrations.torch redirects it"
+        return by_torch(module, "calls torch's attention in code that is not timm's")
     if not is_enabled():
         return False, "attn is not enabled for timm; attn_core.integrations.timm.enable() does that"
-    if not any(mentions(code, RENAMED[SDPA]) for _, code in calls):
+    if not changed:
         return False, "its code is not the one that enable() found"
     return _unless_off(module, "")
 

@@ -21,11 +21,14 @@ from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any
 
+from ..torch import reach
+
 SDPA = "scaled_dot_product_attention"
 FUSED = "fused_attn"
 #: Names in the changed code: looked up in torch.nn.functional, and on the module that computes attention. Nothing is
 #: put in the place of another, and both stay when all is changed back: a thread may be in the middle of such a call.
 RENAMED = {SDPA: "_attn_timm_sdpa", FUSED: "_attn_timm_fused"}
+reach.NAMES.add(RENAMED[SDPA])  # a module of timm can be swapped then, too
 
 
 @dataclass(frozen=True, kw_only=True)

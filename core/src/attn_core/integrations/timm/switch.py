@@ -9,6 +9,7 @@ import warnings
 import torch
 
 from ...errors import IntegrationWarning
+from ..hosts import HOSTS, check_version
 from . import calls, fused
 from .host import host
 from .sites import FUSED, RENAMED, SDPA, Site, sites
@@ -33,6 +34,7 @@ def enable(*, prefer: tuple[str, ...] = (), strict: bool = False) -> None:
 
     Raises MissingPackageError without timm; what `attn_core.prefer` raises for its patterns.
     """
+    check_version(HOSTS["timm"])
     host("timm")  # all its models, so that their functions are found
     layers = host("timm.layers")
     with _lock:

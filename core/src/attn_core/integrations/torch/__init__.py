@@ -20,11 +20,12 @@ import threading
 from collections.abc import Collection
 from types import TracebackType
 
+from ..hosts import HOSTS, check_version
 from .installation import installation
 from .redirection import Options, enter, leave, process
-from .swap import Swap, swap
+from .swap import Swap, is_swapped, swap
 
-__all__ = ["TESTED", "Swap", "disable", "enable", "is_enabled", "redirect_sdpa", "swap"]
+__all__ = ["TESTED", "Swap", "disable", "enable", "is_enabled", "is_swapped", "redirect_sdpa", "swap"]
 
 #: Versions of torch that the tests run. Compiled functions follow from 2.13 on; before, they may keep what they had.
 TESTED = ">=2.9,<2.14"
@@ -71,6 +72,7 @@ def enable(*, prefer: Collection[str] | str = (), strict: bool = False) -> None:
 
     Arguments as in `redirect_sdpa`. Raises what `attn_core.prefer` raises.
     """
+    check_version(HOSTS["torch"])
     options = Options(prefer, strict)
     with _lock:
         if process.options is None:

@@ -25,6 +25,7 @@ from .redirection import (
     Asked,
     Options,
     inside,
+    inside_kernel,
     inside_traced_kernel,
     say_not_exported,
     say_stock,
@@ -58,7 +59,7 @@ def redirecting_sdpa(
                 return _stock(original, args, kwargs)
             return _traced(asked, *args, **kwargs)
         options = options_of()
-        if options is None:
+        if options is None or inside_kernel():
             return _stock(original, args, kwargs)
         recorder = stays_stock(*args[:3])
         if recorder is not None:

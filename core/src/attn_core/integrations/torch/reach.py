@@ -5,7 +5,7 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -15,8 +15,11 @@ from torch import nn
 
 from .functions import STOCK_SDPA
 
-#: Names of torch that lead to attention, or past it.
-NAMES = frozenset({"scaled_dot_product_attention", "multi_head_attention_forward", "get_fastpath_enabled"})
+#: Names of torch that lead to attention, or past it. An integration that has its library call something else in its
+#: place adds the name of that.
+NAMES = {"scaled_dot_product_attention", "multi_head_attention_forward", "get_fastpath_enabled"}
+#: Names by which classes that an integration made call attn already.
+OURS: set[str] = set()
 #: Steps of a code object that look a global up; what it imports within itself is none.
 LOADS = frozenset({"LOAD_GLOBAL", "LOAD_NAME"})
 
@@ -81,8 +84,13 @@ def _held(function: FunctionType) -> Iterator[Any]:
             continue
 
 
-def _names(function: FunctionType) -> bool:
-    return any(not NAMES.isdisjoint(code.co_names) for code in _codes(function.__code__))
+def _names(function: FunctionType, names: Set[str] = NAMES) -> bool:
+    return any(not names.isdisjoint(code.co_names) for code in _codes(function.__code__))
+
+
+def calls_attn(function: FunctionType) -> bool:
+    """Whether it was made to call attn."""
+    return _names(function, OURS)
 
 
 def is_attention(value: Any) -> bool:

@@ -9,22 +9,29 @@ Forced by two facts:
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...dispatch import call
 from ...errors import IntegrationWarning
+from ...plan import Plan
 from ...scope import prefer as prefer_scope
 from ...tracing import constant
 
 _is_exporting = torch.compiler.is_exporting
 _tracing_state = torch._C._get_tracing_state
+
+#: Functions beneath which a kernel runs.
+_CALL, _PLANNED = call.__code__, Plan.__call__.__code__
 
 #: What a graph is told: (patterns, strict). None: nothing was asked, False: asked to leave torch's alone.
 Asked = tuple[tuple[str, ...], bool]
@@ -144,6 +151,21 @@ class inside:  # noqa: N801  (reads as a state: `with inside(options)`)
         _here.reset(self._token)
         if self._scope is not None:
             self._scope.__exit__(*raised)
+
+
+def inside_kernel() -> bool:
+    """Whether this thread runs a kernel that was called at a door of attn's own, such as `attention`.
+
+    Such a call does not say that it runs, which every one would have to pay for; the stack does, and only calls that
+    are redirected look.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        code = frame.f_code
+        if code is _CALL or code is _PLANNED:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def traced_scope(asked: Asked) -> AbstractContextManager[Any]:

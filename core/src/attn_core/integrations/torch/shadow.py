@@ -48,7 +48,7 @@ class ShadowGlobals:
     def rebound(self, function: FunctionType) -> FunctionType:
         """`function`, its code the same, looking its names up here; the same one every time."""
         known = self._rebound.get(id(function))
-        if known is not None:
+        if known is not None and known[1].__code__ is function.__code__:
             return known[1]
         cells = [(cell, CellType() if _may_change(cell) else cell) for cell in function.__closure__ or ()]
         closure = tuple(ours for _, ours in cells) or None

@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from types import FunctionType, ModuleType, TracebackType
-from typing import Any, cast
+from types import CodeType, FunctionType, ModuleType, TracebackType
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import nn
 
 from ...errors import InputError
 from .installation import Functions
-from .reach import beneath, calls_super, function_of, is_attention, methods, package_of, reaches, resolves
+from .reach import beneath, calls_attn, calls_super, function_of, is_attention, methods, package_of, reaches, resolves
 from .redirection import Asked, Options
 from .shadow import ShadowGlobals, shadow_module
 
@@ -114,24 +114,33 @@ def _scripted(module: nn.Module) -> str | None:
     return "is scripted or traced by torch.jit, which holds torch's own function" if has_attention else None
 
 
-#: class -> the class made of it, why none could be made, or None where it does not call torch's attention.
-_classes: dict[type[nn.Module], type[nn.Module] | str | None] = {}
+#: What is made of a class: another class, why there is none, or None where it does not call torch's attention.
+Made: TypeAlias = "type[nn.Module] | str | None"
+#: class -> (the code of its methods, which somebody may change, what was made of it).
+_classes: dict[type[nn.Module], tuple[tuple[CodeType, ...], Made]] = {}
 #: The other way round.
 _originals: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def swapped_class(cls: type[nn.Module]) -> type[nn.Module] | str | None:
+def swapped_class(cls: type[nn.Module]) -> Made:
     """The class that stands in for `cls`; why there is none; None where `cls` does not call torch's attention."""
     if cls in _originals:
         return "is swapped already"
-    if cls not in _classes:
-        made = _classes[cls] = _make(cls)
-        if isinstance(made, type):
-            _originals[made] = cls
-    return _classes[cls]
+    code = tuple(function.__code__ for _, value, _ in methods(cls) if (function := function_of(value)) is not None)
+    known = _classes.get(cls)
+    if known is None or known[0] != code:
+        known = _classes[cls] = code, _make(cls)
+        if isinstance(known[1], type):
+            _originals[known[1]] = cls
+    return known[1]
 
 
-def _make(cls: type[nn.Module]) -> type[nn.Module] | str | None:
+def is_swapped(module: nn.Module) -> bool:
+    """Whether its class is one that stands in for another."""
+    return type(module) in _originals
+
+
+def _make(cls: type[nn.Module]) -> Made:
     reaching: dict[str, Any] = {}
     for name, value, first in methods(cls):
         function = function_of(value)
@@ -139,6 +148,8 @@ def _make(cls: type[nn.Module]) -> type[nn.Module] | str | None:
             wrapped = beneath(value)
             if wrapped is not None and reaches(wrapped, set()):
                 return f"{name} calls it beneath a decorator that is no function, which a swap does not see through"
+        elif first and calls_attn(function):
+            return "its class calls attn already"
         elif reaches(function, set()):
             if first:
                 reaching[name] = value

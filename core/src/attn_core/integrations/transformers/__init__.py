@@ -29,10 +29,12 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError, IntegrationWarning
+from ..hosts import HOSTS, check_version
+from ..in_scope import in_scope, scope_of
 from ..missing import MissingPackageError, need
 from .forward import HARMLESS, PACKED, UNSUPPORTED, attention_forward
 from .masks import structured_mask
-from .stand_in import Forward, in_scope, stand_in
+from .stand_in import Forward, stand_in
 
 if TYPE_CHECKING:
     from ..reported import Report
@@ -94,8 +96,9 @@ def enable(
     Raises MissingPackageError without transformers; InputError for a name that is registered by someone else, and for
     `strict` without `prefer`; UnknownKernelError for a plain name in `prefer` that nobody registered.
     """
+    check_version(HOSTS["transformers"])
     attentions, masks = _registries()
-    patterns = (prefer,) if isinstance(prefer, str) else tuple(prefer)
+    scope = scope_of(prefer, strict)
     harmless = HARMLESS | frozenset(ignore)
     own = NAME if name is None else name
 
@@ -114,10 +117,10 @@ def enable(
             )
         before = _before(attentions, masks)
         mask = _mask_function(before[1])
-        _register(own, in_scope(forward, patterns, strict), mask, None)
+        _register(own, in_scope(forward, scope), mask, None)
         if name is None:
             standing_in = stand_in(forward, before[0], harmless, _is_standing_in)
-            _register(STOCK_NAME, in_scope(standing_in, patterns, strict), mask, before)
+            _register(STOCK_NAME, in_scope(standing_in, scope), mask, before)
 
 
 def disable(name: str | None = None) -> None:

@@ -5,14 +5,13 @@ Nothing runs: what a module calls is read off the code of its methods. What ran 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Iterator
 from types import CodeType
 from typing import Any
 
 from torch import nn
 
-from ..reported import Report, ReportRow
+from ..reported import Report, ReportRow, by_torch
 
 #: What a method that asks the host's registry for its attention function mentions.
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
@@ -20,7 +19,6 @@ SDPA = "scaled_dot_product_attention"
 SOFTMAX = ("softmax", "Softmax")
 #: Modules whose classes are no part of any model.
 _NOT_OF_A_MODEL = ("torch.nn.modules.module", "transformers.modeling_utils")
-TORCH_HOST = "attn_core.integrations.torch"
 
 
 def report_on(model: nn.Module, names: Collection[str]) -> Report:
@@ -51,14 +49,14 @@ def _answer(module: nn.Module, names: Collection[str]) -> tuple[bool, str] | Non
     """(whether it is redirected, why or why not); None for a module without attention."""
     cls = type(module)
     if isinstance(module, nn.MultiheadAttention):
-        return _by_torch("torch's own module")
+        return by_torch(module, "torch's own module")
     if cls.__module__.startswith("torch."):
         return None
     mentioned = _mentioned(cls)
     if REGISTRY in mentioned:
         return _of_registry(module, names)
     if SDPA in mentioned:
-        return _by_torch("calls torch's attention itself, past transformers' registry")
+        return by_torch(module, "calls torch's attention itself, past transformers' registry")
     if "attention" not in cls.__name__.lower():
         return None
     if mentioned.intersection(SOFTMAX):
@@ -74,13 +72,6 @@ def _of_registry(module: nn.Module, names: Collection[str]) -> tuple[bool, str]:
         fix = 'set_attn_implementation("attn") changes that' if "attn" in names else "attn is not enabled"
         return False, f"set to {chosen!r}; {fix}"
     return True, f"set to {chosen!r}"
-
-
-def _by_torch(what: str) -> tuple[bool, str]:
-    host = sys.modules.get(TORCH_HOST)
-    if host is not None and host.is_enabled():
-        return True, f"{what}; redirected by {TORCH_HOST}"
-    return False, f'{what}; attn_core.enable("torch") redirects it'
 
 
 def _mentioned(cls: type) -> set[str]:

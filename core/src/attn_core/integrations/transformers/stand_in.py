@@ -10,28 +10,12 @@ from torch import Tensor
 
 from ...dispatch import PLAIN
 from ...record import STOCK, recording
-from ...scope import current, prefer
+from ...scope import current
 from ...select import check_strict
 from .forward import refusal
 from .masks import LazyMask
 
 Forward = Callable[..., tuple[Tensor, Any]]
-
-
-def in_scope(forward: Forward, patterns: tuple[str, ...], strict: bool) -> Forward:
-    """`forward` in a scope of its own, where there is something to prefer."""
-    if not patterns and not strict:
-        return forward
-    scope = prefer(*patterns, strict=strict)
-
-    def scoped(*args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-        if torch.compiler.is_dynamo_compiling():  # which enters none that was made outside the graph
-            with prefer(*patterns, strict=strict):
-                return forward(*args, **kwargs)
-        with scope:
-            return forward(*args, **kwargs)
-
-    return scoped
 
 
 def stand_in(
