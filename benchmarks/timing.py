@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import repeat
 from pathlib import Path
@@ -33,11 +34,15 @@ COPY = "the first baseline again"
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """One way to do a thing: `call` does it once. Those without `over` are baselines."""
+    """One way to do a thing: `call` does it once, `within` what is entered before its clock starts.
+
+    Those without `over` are baselines.
+    """
 
     name: str
     call: Callable[[], object]
     over: str | None = None
+    within: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +77,15 @@ def take_turns(
         settle: called before a turn's clock starts and before it stops: on CUDA, what waits for the device.
     """
     settle = settle or _nothing
-    calls_of = {contender.name: contender.call for contender in contenders}
-    calls_of[COPY] = contenders[0].call
-    for call in calls_of.values():
-        _seconds(call, calls, settle)  # caches, branch predictors, allocator
-    order = list(calls_of)
+    named = {contender.name: contender for contender in contenders} | {COPY: contenders[0]}
+
+    def turn(name: str) -> float:
+        with named[name].within():
+            return _seconds(named[name].call, calls, settle)
+
+    order = list(named)
+    for name in order:
+        turn(name)  # caches, branch predictors, allocator
     chance = random.Random(SEED)
     taken: dict[str, list[float]] = {name: [] for name in order}
     gc.collect()
@@ -85,7 +94,7 @@ def take_turns(
         for _ in range(rounds):
             chance.shuffle(order)
             for name in order:
-                taken[name].append(1e6 * _seconds(calls_of[name], calls, settle) / calls)
+                taken[name].append(1e6 * turn(name) / calls)
     finally:
         gc.enable()
     return taken
