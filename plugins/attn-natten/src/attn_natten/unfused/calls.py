@@ -20,8 +20,12 @@ from ..arguments import (
     neighborhood,
     window,
 )
+from ..flops import unfused_in_a_trace
+from ..flops.torch_counter import is_counting, is_in_a_trace_of_jit
 from . import linear, nested, ops
 from .products import Window
+
+_is_tracing = torch.compiler.is_dynamo_compiling
 
 #: Where warnings point: at the caller of na1d_qk and its like, which call the functions here.
 CALLER = 4
@@ -39,6 +43,8 @@ def qk(
     is_casual: CausalPerAxis | None,
 ) -> Tensor:
     is_causal = causal_alias(is_causal, is_casual, stacklevel=CALLER)
+    if _tell_counters():
+        return unfused_in_a_trace.qk(rank, query, key, kernel_size, dilation, additional_keys, is_causal, rpb)
     if nested.is_nested(query, key, additional_keys):
         _refuse_gradient(rpb)
 
@@ -88,6 +94,8 @@ def av(
     is_casual: CausalPerAxis | None,
 ) -> Tensor:
     is_causal = causal_alias(is_causal, is_casual, stacklevel=CALLER)
+    if _tell_counters():
+        return unfused_in_a_trace.av(rank, attn, value, kernel_size, dilation, additional_values, is_causal)
     if nested.is_nested(attn, value, additional_values):
 
         def of_element(attn: Tensor, value: Tensor, additional_values: Tensor | None) -> Tensor:
@@ -119,6 +127,11 @@ def _av(
     out = linear.average(attn[..., :width], value, of_axes)
     tokens = attn[..., width:].flatten(2, -2) @ additional_values
     return out + tokens.unflatten(2, spatial)
+
+
+def _tell_counters() -> bool:
+    """Has whoever counts the ops of this thread know those of this package; whether it is in a trace of torch.jit."""
+    return not _is_tracing() and is_counting() and is_in_a_trace_of_jit()
 
 
 def _under_autocast(tensor: Any) -> Any:

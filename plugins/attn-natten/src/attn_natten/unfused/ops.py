@@ -216,6 +216,10 @@ def _(grad: Any, query: Any, key: Any, kernel_size: Sequence[int], *rest: Any, *
     return 2 * flops(query, kernel_size)
 
 
+#: Those that have one.
+COUNTED = tuple(getattr(torch.ops.attn_natten, name) for name in ("qk", "av", "av_transposed", "qk_backward"))
+
+
 def flops(shape: Sequence[int], kernel_size: Sequence[int]) -> int:
     """Of one product, for a grid of this shape, `[batch, num_heads, *spatial, head_dim]`."""
     return 2 * prod(shape) * prod(kernel_size)
