@@ -8,7 +8,7 @@ Operands are handled in the kernel's own layout: heads at dimension `heads` (1 o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -105,12 +105,9 @@ def _apply_expand(x: Operands, before: Problem, after: Problem, heads: int) -> O
 # pad_head_dim: zeros behind head_dim change neither logits nor the first columns of the result
 
 
-def _next_size(capabilities: Capabilities, least: int) -> int | None:
-    sizes = [size for size in capabilities.head_dims if size >= least]
-    if not sizes:
-        return None
-    size = min(sizes)
-    return size if size <= 2 * least + 8 else None
+def _next_size(sizes: Collection[int], least: int) -> int | None:
+    """The smallest of `sizes` that is worth padding to; there may be too many to look at each."""
+    return next((size for size in range(least, 2 * least + 9) if size in sizes), None)
 
 
 def _padded(problem: Problem, capabilities: Capabilities) -> Problem | None:
@@ -118,15 +115,10 @@ def _padded(problem: Problem, capabilities: Capabilities) -> Problem | None:
         return None
     free_v = capabilities.head_dims_v
     least = problem.head_dim if free_v is not None else max(problem.head_dim, problem.head_dim_v)
-    size = _next_size(capabilities, least)
-    if size is None:
+    size = _next_size(capabilities.head_dims, least)
+    size_v = size if free_v is None else _next_size(free_v, problem.head_dim_v)
+    if size is None or size_v is None:
         return None
-    size_v = size
-    if free_v is not None:
-        sizes = [s for s in free_v if problem.head_dim_v <= s <= 2 * problem.head_dim_v + 8]
-        if not sizes:
-            return None
-        size_v = min(sizes)
     return replace(problem, head_dim=size, head_dim_v=size_v)
 
 
