@@ -116,7 +116,8 @@ class OfNatten:
                 raise InputError(f"tiles of {self.kernel}: takes {', '.join(known)}, got {name!r}")
             if name in ("q_tile", "kv_tile", "kv_splits") and not _is_sizes(value):
                 raise InputError(f"tiles of {self.kernel}: {name} takes ints >= 1, got {value!r}")
-        return NattenTiles(**{k: tuple(v) if isinstance(v, list) else v for k, v in written.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in written.items()}
+        return NattenTiles(**values)
 
     def from_words(self, words: dict[str, Any]) -> NattenTiles:
         if ("q_tile" in words) != ("kv_tile" in words):

@@ -134,7 +134,7 @@ def disable_autotuner() -> None:
     """Turns the autotuner and its thorough modes off; numbers of steps, and what was found, stay."""
     off = {field.name: False for field in fields(Settings) if field.name not in FEWEST}
     with _lock:
-        State.settings = replace(State.settings, **off)  # type: ignore[arg-type]
+        State.settings = replace(State.settings, **off)
 
 
 def is_autotuner_enabled() -> bool:

@@ -64,14 +64,16 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor | None]:
     """The call that the arguments of the op describe."""
     from ..fused.call import neighborhood_attention  # which imports this module
 
-    query, key, value, rpb, keys, values, *sizes, causal, scale, backend, options, return_lse = arguments
-    rank = query.ndim - 3
+    query, key, value, rpb, keys, values, kernel_size, stride, dilation, causal, *rest = arguments
+    scale, backend, options, return_lse = rest
     result = neighborhood_attention(
-        rank,
+        query.ndim - 3,
         query,
         key,
         value,
-        *map(tuple, sizes),
+        tuple(kernel_size),
+        tuple(stride),
+        tuple(dilation),
         tuple(map(bool, causal)),
         rpb,
         scale,

@@ -34,7 +34,7 @@ def _told() -> bool:
         return False
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-    counters = [getattr(mode, "counter", mode) for mode in _get_current_dispatch_mode_stack()]  # type: ignore[no-untyped-call]
+    counters: list[Any] = [getattr(mode, "counter", mode) for mode in _get_current_dispatch_mode_stack()]
     counters = [counter for counter in counters if isinstance(counter, flop_counter.FlopCounterMode)]
     if not counters:
         return False

@@ -146,7 +146,8 @@ class Case:
         missing = sorted({"spatial", "kernel_size", "stride", "dilation", "is_causal"} - set(data))
         if odd or missing:
             raise InputError(f"case: has {', '.join(sorted(known))}; unknown: {odd}, missing: {missing}")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**values)
 
     def __str__(self) -> str:
         def shown(values: tuple[Any, ...]) -> str:

@@ -16,7 +16,7 @@ SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 TRUE, FALSE = ("true", "1", "yes"), ("false", "0", "no")
 
 
-class PerAxis(click.ParamType):
+class PerAxis(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     """Ints, or with `kind=bool` truth values: `16 16`, `16,16` or `16x16`."""
 
     def __init__(self, kind: type = int) -> None:

@@ -89,9 +89,9 @@ def optimize(
     Raises UnknownKernelError for an unknown name, NoKernelError where no kernel is left that takes the case,
     InputError for numbers of steps out of range.
     """
-    for name, number, least in (("warmup_steps", warmup_steps, 0), ("steps", steps, 1)):
-        if type(number) is not int or number < least:
-            raise InputError(f"{name}: takes an int >= {least}, got {number!r}")
+    for name, number, fewest in (("warmup_steps", warmup_steps, 0), ("steps", steps, 1)):
+        if type(number) is not int or number < fewest:
+            raise InputError(f"{name}: takes an int >= {fewest}, got {number!r}")
     found = list(_asked(case, kernels, thorough))
     if not found:
         raise NoKernelError(f"no kernel takes {case}\n{explained(case)}")
