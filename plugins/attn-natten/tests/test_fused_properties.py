@@ -1,7 +1,7 @@
 """na1d, na2d and na3d against the definition, over random problems: output, LSE, and every gradient.
 
-In float32 against float64; half of the problems by the kernel that follows the mask, so that it is not left out for
-being slower at sizes as small as these.
+In float32 against float64; most of the problems by the kernel that follows the mask, which is not the best at sizes as
+small as these.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # pytest imports tests without t
 import oracle
 
 SEED = 20261121
-PROBLEMS = 520  #: of each rank
-TOKENS = 48  #: about so many at most, so that the definition's loops end
+PROBLEMS = 505  #: of each rank
+TOKENS = 24  #: about so many, so that the definition's loops end
 TOLERANCE = 1e-5  #: of the largest number of a tensor, or of 1 where all are smaller
 
 
@@ -44,19 +44,20 @@ class Problem:
 
 
 def draw(rank: int, rng: random.Random) -> Problem:
+    has_rpb = rng.random() < 0.3
+    least = 3 if has_rpb else 2  # keys in a window
     extents, kernel, dilation = [], [], []
     for axis in range(rank):
-        left = max(TOKENS // prod(extents) if extents else TOKENS, 2)
-        extents.append(rng.randint(2, max(2, round(left ** (1 / (rank - axis))) + 1)))
-        dilation.append(rng.choice([step for step in (1, 1, 1, 2, 3) if 2 * step <= extents[-1]]))
-        kernel.append(rng.randint(2, extents[-1] // dilation[-1]))
+        left = TOKENS / prod(extents)
+        step = rng.choice((1, 1, 1, 2, 3)) if max(dilation, default=1) == 1 or left >= 6 else 1
+        most = max(least, round(left ** (1 / (rank - axis))) + 1)
+        dilation.append(step)
+        extents.append(rng.randint(least, most) if step == 1 else least * step + rng.randint(0, 2))
+        widths = range(least, extents[-1] // dilation[-1] + 1, 2 if has_rpb else 1)
+        kernel.append(rng.choice(widths))
     axes = list(zip(extents, kernel, dilation))
     rng.shuffle(axes)
     extents, kernel, dilation = map(list, zip(*axes))
-    has_rpb = rng.random() < 0.35
-    if has_rpb:
-        kernel = [width - 1 if width % 2 == 0 and width > 2 else width for width in kernel]
-        has_rpb = all(width % 2 for width in kernel)
     causal = [not has_rpb and rng.random() < 0.35 for _ in extents]
     num_kv_heads = rng.choice((1, 1, 2))
     return Problem(
@@ -69,7 +70,7 @@ def draw(rank: int, rng: random.Random) -> Problem:
         num_heads=num_kv_heads * rng.choice((1, 1, 2, 3)),
         num_kv_heads=num_kv_heads,
         head_dim=rng.choice((3, 4, 8)),
-        head_dim_v=rng.choice((4, 8)),
+        head_dim_v=rng.choice((4, 8, 8)),
         scale=rng.choice((None, None, 0.7, 0.0, -0.5)),
         has_rpb=has_rpb,
         tokens=rng.choice((None, None, 0, 1, 5)),
@@ -149,7 +150,7 @@ def differences(problem: Problem, generator: torch.Generator) -> list[str]:
 def test_fused_calls_and_their_gradients_are_those_of_the_definition(rank):
     rng, generator = random.Random(SEED + rank), torch.Generator().manual_seed(SEED + rank)
     problems = [draw(rank, rng) for _ in range(PROBLEMS)]
-    problems = [replace(p, backend="torch/tiled" if i % 2 else None) for i, p in enumerate(problems)]
+    problems = [replace(p, backend="torch/tiled" if i % 4 else None) for i, p in enumerate(problems)]
     wrong = {problem: found for problem in problems if (found := differences(problem, generator))}
     told = "\n".join(f"{problem}: {', '.join(found)}" for problem, found in wrong.items())
     assert not wrong, f"seed {SEED + rank}, {len(wrong)} of {PROBLEMS} problems:\n{told}"
