@@ -12,6 +12,7 @@ from attn_core import AttnBias
 from torch import Tensor
 
 from .. import library
+from ..autotuner.natten_tiles import chosen_options
 from . import splits
 from .windows import axes_of
 
@@ -69,7 +70,7 @@ def _run(
         scale=scale,
         backend=f"{family}-fna",
         attention_kwargs=dense,  # what a window over the whole sequence is handed to
-        **splits.of_fna(f"{family}-fna", extents, dilation, batch, num_heads),
+        **{**splits.of_fna(f"{family}-fna", extents, dilation, batch, num_heads), **chosen_options()},
         **({"return_lse": True} if return_lse else {}),  # before 0.21.5 there is no such argument
     )
     if not return_lse:
