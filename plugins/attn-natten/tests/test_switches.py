@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -396,28 +397,33 @@ def test_effects_print_what_runs_differently():
 # Threads
 
 
-def test_switches_thrown_by_many_threads_leave_a_state_that_somebody_asked_for():
-    """Each of two calls sets four flags; no mixture of both remains."""
-    asked = ((True, True, True, True), (False, False, False, False))
-    barrier = threading.Barrier(4)
+def test_switches_thrown_at_once_leave_the_state_that_one_of_them_asked_for(monkeypatch):
+    """One thread is held up between two of the flags that it sets; another sets all of them meanwhile, or waits."""
+    turn, in_between = flex.turn, threading.Event()
 
-    def throw(number):
-        barrier.wait()
-        for _ in range(200):
-            attn_natten.use_fused_na(*asked[number % 2])
+    def slow_turn(wanted, forced):
+        if wanted:
+            in_between.set()
+            time.sleep(0.2)
+        turn(wanted, forced)
 
-    def now():
-        return (
-            attn_natten.is_fused_na_enabled(),
-            attn_natten.is_kv_parallelism_in_fused_na_enabled(),
-            flex.WANTED.value,
-            flex.FORCED.value,
-        )
+    monkeypatch.setattr(flex, "turn", slow_turn)
+    with ThreadPoolExecutor(2) as pool:
+        on = pool.submit(attn_natten.use_fused_na, True, True, True, True)
+        assert in_between.wait(5)
+        off = pool.submit(attn_natten.use_fused_na, False)
+        on.result()
+        off.result()
+    assert len(set(all_of_fused())) == 1
 
-    with ThreadPoolExecutor(4) as pool:
-        for _ in range(10):
-            list(pool.map(throw, range(4)))
-            assert now() in asked
+
+def all_of_fused():
+    return (
+        attn_natten.is_fused_na_enabled(),
+        attn_natten.is_kv_parallelism_in_fused_na_enabled(),
+        flex.WANTED.value,
+        flex.FORCED.value,
+    )
 
 
 def test_a_switch_without_effect_says_so_once_to_many_threads():
