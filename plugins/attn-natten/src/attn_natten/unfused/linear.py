@@ -6,6 +6,7 @@ Both are linear in each operand, so the tangent of a product is the sum of two p
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,35 +15,40 @@ from torch.autograd import forward_ad
 from ..arguments import has_tangents
 from . import ops
 from .products import Window
+from .transforms import call
+
+Product = Callable[[Tensor, Tensor], Any]
 
 
-def weights(query: Tensor, key: Tensor, window: Window) -> Tensor:
+def weights(query: Tensor, key: Tensor, window: Window) -> Any:
     """`[batch, num_heads, *spatial, width]`; -inf in slots without a key, whose tangent is 0."""
-    return _product(lambda q, k: ops.qk(q, k, *window, ops.MASKED), lambda q, k: ops.qk(q, k, *window, 0.0), query, key)
+
+    def product(masked: float) -> Product:
+        return lambda query, key: call(ops.qk, query, key, *window, masked)
+
+    return _product(product(ops.MASKED), product(0.0), query, key)
 
 
-def average(attn: Tensor, value: Tensor, window: Window) -> Tensor:
+def average(attn: Tensor, value: Tensor, window: Window) -> Any:
     """`[batch, num_heads, *spatial, head_dim]`."""
 
-    def product(a: Tensor, v: Tensor) -> Tensor:
-        return ops.av(a, v, *window)
+    def product(attn: Tensor, value: Tensor) -> Any:
+        return call(ops.av, attn, value, *window)
 
     return _product(product, product, attn, value)
 
 
-def _product(
-    function: Callable[[Tensor, Tensor], Tensor], part: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor
-) -> Tensor:
+def _product(function: Product, of_tangents: Product, a: Tensor, b: Tensor) -> Any:
     if not has_tangents(a, b):
         return function(a, b)
-    (a, a_tangent), (b, b_tangent) = forward_ad.unpack_dual(a), forward_ad.unpack_dual(b)
+    (a, a_tangent), (b, b_tangent) = (forward_ad.unpack_dual(operand) for operand in (a, b))  # type: ignore[no-untyped-call]
     if a_tangent is None:
-        tangent = part(a, b_tangent)
+        tangent = of_tangents(a, b_tangent)
     elif b_tangent is None:
-        tangent = part(a_tangent, b)
+        tangent = of_tangents(a_tangent, b)
     else:
-        tangent = part(a_tangent, b) + part(a, b_tangent)
-    return forward_ad.make_dual(function(a, b), tangent)
+        tangent = of_tangents(a_tangent, b) + of_tangents(a, b_tangent)
+    return forward_ad.make_dual(function(a, b), tangent)  # type: ignore[no-untyped-call]
 
 
 def as_under_autocast(tensor: Tensor) -> Tensor:

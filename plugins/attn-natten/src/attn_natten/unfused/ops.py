@@ -22,6 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import products, rel_pos
 from .products import Window
+from .transforms import call, differentiate
 
 MASKED = float("-inf")
 
@@ -137,25 +138,25 @@ def _qk_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     *window, _ = ctx.parameters
     to_query = to_key = None
     if all(ctx.needs_input_grad[:2]):
-        to_query, to_key = qk_backward(grad, query, key, *window)
+        to_query, to_key = call(qk_backward, grad, query, key, *window)
     elif ctx.needs_input_grad[0]:
-        to_query = av(grad, key, *window)
+        to_query = call(av, grad, key, *window)
     elif ctx.needs_input_grad[1]:
-        to_key = av_transposed(grad, query, *window)
+        to_key = call(av_transposed, grad, query, *window)
     return to_query, to_key, None, None, None, None
 
 
 def _av_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     attn, value = ctx.saved_tensors
-    to_attn = qk(grad, value, *ctx.parameters, 0.0) if ctx.needs_input_grad[0] else None
-    to_value = av_transposed(attn, grad, *ctx.parameters) if ctx.needs_input_grad[1] else None
+    to_attn = call(qk, grad, value, *ctx.parameters, 0.0) if ctx.needs_input_grad[0] else None
+    to_value = call(av_transposed, attn, grad, *ctx.parameters) if ctx.needs_input_grad[1] else None
     return to_attn, to_value, None, None, None
 
 
 def _av_transposed_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     attn, rows = ctx.saved_tensors
-    to_attn = qk(rows, grad, *ctx.parameters, 0.0) if ctx.needs_input_grad[0] else None
-    to_rows = av(attn, grad, *ctx.parameters) if ctx.needs_input_grad[1] else None
+    to_attn = call(qk, rows, grad, *ctx.parameters, 0.0) if ctx.needs_input_grad[0] else None
+    to_rows = call(av, attn, grad, *ctx.parameters) if ctx.needs_input_grad[1] else None
     return to_attn, to_rows, None, None, None
 
 
@@ -164,17 +165,17 @@ def _qk_backward_backward(ctx: Any, by_query: Tensor, by_key: Tensor) -> tuple[A
     window = ctx.parameters
     to_grad = to_query = to_key = None
     if ctx.needs_input_grad[0]:
-        to_grad = qk(by_query, key, *window, 0.0) + qk(query, by_key, *window, 0.0)
+        to_grad = call(qk, by_query, key, *window, 0.0) + call(qk, query, by_key, *window, 0.0)
     if ctx.needs_input_grad[1]:
-        to_query = av(grad, by_key, *window)
+        to_query = call(av, grad, by_key, *window)
     if ctx.needs_input_grad[2]:
-        to_key = av_transposed(grad, by_query, *window)
+        to_key = call(av_transposed, grad, by_query, *window)
     return to_grad, to_query, to_key, None, None, None
 
 
 def _rpb_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     _, kernel_size, dilation = ctx.parameters
-    return rpb_transposed(grad, kernel_size, dilation), None, None, None
+    return call(rpb_transposed, grad, kernel_size, dilation), None, None, None
 
 
 def _keep_spatial(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -183,19 +184,19 @@ def _keep_spatial(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _rpb_transposed_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return rpb(grad, ctx.spatial, *ctx.window), None, None
+    return call(rpb, grad, ctx.spatial, *ctx.window), None, None
 
 
 def _keep_parameters(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.parameters = inputs[1:]
 
 
-qk.register_autograd(_qk_backward, setup_context=_keep)
-av.register_autograd(_av_backward, setup_context=_keep)
-av_transposed.register_autograd(_av_transposed_backward, setup_context=_keep)
-qk_backward.register_autograd(_qk_backward_backward, setup_context=_keep)
-rpb.register_autograd(_rpb_backward, setup_context=_keep_parameters)
-rpb_transposed.register_autograd(_rpb_transposed_backward, setup_context=_keep_spatial)
+differentiate(qk, _keep, _qk_backward)
+differentiate(av, _keep, _av_backward)
+differentiate(av_transposed, _keep, _av_transposed_backward)
+differentiate(qk_backward, _keep, _qk_backward_backward)
+differentiate(rpb, _keep_parameters, _rpb_backward)
+differentiate(rpb_transposed, _keep_spatial, _rpb_transposed_backward)
 
 
 # FLOPs
@@ -223,27 +224,3 @@ COUNTED = tuple(getattr(torch.ops.attn_natten, name) for name in ("qk", "av", "a
 def flops(shape: Sequence[int], kernel_size: Sequence[int]) -> int:
     """Of one product, for a grid of this shape, `[batch, num_heads, *spatial, head_dim]`."""
     return 2 * prod(shape) * prod(kernel_size)
-
-
-# Samples of torch.vmap are more batch entries
-
-
-def _over_samples(op: Any) -> None:
-    def run(info: Any, in_dims: Any, *inputs: Any) -> Any:
-        tensors = [x for x in inputs if isinstance(x, Tensor)]
-        folded = [_fold(x, dim, info.batch_size) for x, dim in zip(tensors, in_dims)]
-        found = op(*folded, *inputs[len(tensors) :])
-        if isinstance(found, tuple):
-            return tuple(x.unflatten(0, (info.batch_size, -1)) for x in found), (0,) * len(found)
-        return found.unflatten(0, (info.batch_size, -1)), 0
-
-    op.register_vmap(run)
-
-
-def _fold(tensor: Tensor, dim: int | None, samples: int) -> Tensor:
-    apart = tensor.expand(samples, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-    return apart.flatten(0, 1)
-
-
-for _op in (qk, av, av_transposed, qk_backward, rpb, rpb_transposed):
-    _over_samples(_op)

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,80 +23,85 @@ ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 
 # What the choice of blocks costs, in nanoseconds of one core. Only the ratios matter, and not much.
 PAIR = 0.5  #: an element of a block, written and read
-PAIR_DIM = 0.05  #: a multiplication and addition
+PAIR_DIM = 0.03  #: a multiplication and addition
 KEY_DIM = 0.3  #: an element of a key, copied to its block
-BLOCK = 300.0  #: a block's matrix product begun
-PART = 5000.0  #: the calls for one part, for each head: a few dozen microseconds for some heads
+BLOCK = 2200.0  #: a block's matrix product begun
+PART = 8000.0  #: the calls for one part, for each head: a few dozen microseconds for some heads
 
 
-class Part(NamedTuple):
-    lines: tuple[Lines, ...]
-    runs: tuple[Run, ...]
-    dilation: tuple[int, ...]
+class Part:
+    """A run on each axis, for lines of equal length on each axis.
 
-    @property
-    def rank(self) -> int:
-        return len(self.runs)
+    Attributes: `rows` queries of a block see `columns` keys; `blocks` is `[*lines, *blocks]`, and `leading` how many
+    dimensions a view has before those within a block.
+    """
 
-    @property
-    def rows(self) -> int:
-        return prod(run.rows for run in self.runs)
-
-    @property
-    def columns(self) -> int:
-        return prod(run.columns for run in self.runs)
+    def __init__(self, lines: tuple[Lines, ...], runs: tuple[Run, ...], dilation: tuple[int, ...]) -> None:
+        self.lines, self.runs, self.dilation = lines, runs, dilation
+        self.rows_by_axis = tuple(run.rows for run in runs)
+        self.columns_by_axis = tuple(run.columns for run in runs)
+        self.rows, self.columns = prod(self.rows_by_axis), prod(self.columns_by_axis)
+        self.blocks = (*(line.count for line in lines), *(run.count for run in runs))
+        self.leading = 2 + len(self.blocks)
+        self._strips = tuple(self._cut())
+        self._steps = self._steps_in_block()
 
     def queries(self, grid: Tensor) -> Tensor:
         """`[batch, heads, *lines, *blocks, *rows, dim]`, a view of `[batch, heads, *spatial, dim]`."""
-        return self._view(grid, [(run.q0, run.rows) for run in self.runs])
+        return self._view(grid, [run.q0 for run in self.runs], self.rows_by_axis)
 
     def keys(self, grid: Tensor) -> Tensor:
         """`[batch, heads, *lines, *blocks, *columns, dim]`, an overlapping view: not to be written to."""
-        return self._view(grid, [(run.k0, run.columns) for run in self.runs])
+        return self._view(grid, [run.k0 for run in self.runs], self.columns_by_axis)
 
-    def strips(self, grid: Tensor) -> Iterator[tuple[Tensor, tuple[slice, ...]]]:
-        """The columns in strips that overlap with none of another block: a view to write to, and which columns."""
-        cuts = [
-            range(0, run.columns, run.rows if run.count > 1 else run.columns) for run in self.runs
-        ]  # blocks are `rows` apart
-        for starts in itertools.product(*cuts):
-            columns = [(start, min(start + cut.step, run.columns)) for start, cut, run in zip(starts, cuts, self.runs)]
-            places = [(run.k0 + start, end - start) for run, (start, end) in zip(self.runs, columns)]
-            yield self._view(grid, places), (..., *(slice(*ends) for ends in columns), slice(None))
+    def strips(self, grid: Tensor) -> list[tuple[Tensor, Any]]:
+        """The columns in strips that overlap with none of another block: a view to write to, and the index of those
+        columns in `[..., *columns, dim]`."""
+        found = []
+        for strip in self._strips:
+            first = [run.k0 + cut.start for run, cut in zip(self.runs, strip)]
+            view = self._view(grid, first, [cut.stop - cut.start for cut in strip])
+            found.append((view, (..., *strip, slice(None))))
+        return found
 
-    def _view(self, grid: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
-        """`places`: (where the first block's points begin on their line, how many they are), on each axis."""
+    def _cut(self) -> Iterator[tuple[slice, ...]]:
+        by_axis = []
+        for run in self.runs:
+            step = run.rows if run.count > 1 else run.columns  # blocks are `rows` apart
+            starts = range(0, run.columns, step)
+            by_axis.append([slice(start, min(start + step, run.columns)) for start in starts])
+        return itertools.product(*by_axis)
+
+    def _view(self, grid: Tensor, first: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        """`first`: where the points of the first block begin on their line, and `sizes`, how many they are."""
         batch, heads, *steps, last = grid.stride()
         offset = grid.storage_offset()
         apart, along = [], []
-        for step, (line, run, dilation, (begin, _)) in zip(steps, zip(self.lines, self.runs, self.dilation, places)):
-            offset += line.first * step + begin * dilation * step
-            apart.append(run.rows * dilation * step)
-            along.append(dilation * step)
-        sizes = [size for _, size in places]
-        shape = (*grid.shape[:2], *self._blocks, *sizes, grid.shape[-1])
+        for step, line, run, dilation, begin in zip(steps, self.lines, self.runs, self.dilation, first):
+            step_on_line = dilation * step
+            offset += line.first * step + begin * step_on_line
+            apart.append(run.rows * step_on_line)
+            along.append(step_on_line)
+        shape = (*grid.shape[:2], *self.blocks, *sizes, grid.shape[-1])
         return grid.as_strided(shape, (batch, heads, *steps, *apart, *along, last), offset)
 
-    @property
-    def _blocks(self) -> tuple[int, ...]:
-        return (*(line.count for line in self.lines), *(run.count for run in self.runs))
-
     def slots(self, pairs: Tensor, kernel: Sequence[int]) -> Tensor:
-        """`[blocks, *rows, *kernel]`, a view of the contiguous `pairs`, `[blocks, rows * columns]`: those that the
-        windows keep. No two are in one place."""
-        row, column, steps_of_rows, steps_of_slots = self.columns, self.columns, [], []
-        rows = self.rows
+        """`[blocks, *rows, *kernel]`, a view of the contiguous `pairs`, `[blocks, rows, columns]`: those that windows
+        keep. No two are in one place."""
+        return pairs.as_strided((pairs.shape[0], *self.rows_by_axis, *kernel), self._steps, pairs.storage_offset())
+
+    def _steps_in_block(self) -> tuple[int, ...]:
+        of_rows, of_slots = [], []
+        row, column = self.rows * self.columns, self.columns
         for run in self.runs:
-            rows //= run.rows
-            row_step = rows * row
+            row //= run.rows
             column //= run.columns
-            steps_of_slots.append(column)
-            steps_of_rows.append(row_step + (column if run.slides else 0))
-        shape = (pairs.shape[0], *(run.rows for run in self.runs), *kernel)
-        return pairs.as_strided(shape, (self.rows * self.columns, *steps_of_rows, *steps_of_slots))
+            of_rows.append(row + (column if run.slides else 0))
+            of_slots.append(column)
+        return (self.rows * self.columns, *of_rows, *of_slots)
 
     def mask(self, kernel: tuple[int, ...], device: torch.device) -> Tensor | None:
-        """`[*rows, width]`: True where a slot has no key; None where all have one."""
+        """`[*rows, *kernel]`: True where a slot has no key; None where all have one."""
         if not any(run.masked for run in self.runs):
             return None
         return _mask(tuple((run.rows, run.masked) for run in self.runs), kernel, device)
@@ -112,7 +117,7 @@ def _mask(rows: tuple[tuple[int, bool], ...], kernel: tuple[int, ...], device: t
             shape = [1] * (2 * rank)
             shape[axis], shape[rank + axis] = count, width
             whole |= later.view(shape)
-    return whole.flatten(rank)
+    return whole
 
 
 @lru_cache(maxsize=1024)

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from .axis import lines
-from .products import Window, wide
+from .products import Window
+from .scratch import wide
+from .shapes import apart
 
 
 def slots(rpb: Tensor, spatial: Sequence[int], window: Window) -> Tensor:
@@ -38,7 +40,7 @@ def sums(attn: Tensor, window: Window) -> Tensor:
     """`[num_heads, 2 * kernel_size - 1, ...]`: each entry's sum over the slots of `attn`, `[num_heads, *spatial,
     width]`, that read it. In one order: the same from run to run."""
     rank, spatial = len(window.kernel), attn.shape[1:-1]
-    found = attn.to(wide(attn)).unflatten(-1, window.kernel)
+    found = apart(attn.to(wide(attn)), -1, window.kernel)
     for axis, of_axis in enumerate(zip(spatial, window.kernel, window.dilation)):
         of_queries = [_sum_of(found, 1 + axis, queries) for queries in _queries(*of_axis)]
         found = torch.stack(of_queries, 1 + axis)  # one for each offset
