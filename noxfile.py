@@ -282,8 +282,9 @@ def natten(session: nox.Session) -> None:
     env = {"PYTHONPATH": str(folder)} | ONE_THREAD
     check = "import natten; assert natten.__version__ == '0.21.7'"
     session.run("python", "-c", check, env=env)  # without it, tests would be skipped
-    tests = sorted(str(path) for path in Path("plugins/attn-natten/tests").glob("test_kernels*.py"))
-    session.run("pytest", *(session.posargs or [*IN_TWO, *tests, "tests/test_natten.py"]), env=env)
+    ours = Path("plugins/attn-natten/tests")
+    tests = [*sorted(ours.glob("test_kernels*.py")), ours / "every_check_on_the_double.py", "tests/test_natten.py"]
+    session.run("pytest", *(session.posargs or [*IN_TWO, *map(str, tests)]), env=env)
 
 
 @nox.session
