@@ -13,12 +13,14 @@ from types import ModuleType
 import importlib_metadata
 from attn_core import Capabilities, Kernel
 from attn_core.hookspecs import GROUP
-from attn_core.registry import Registry
+from attn_core.registry import Registry, registry
 from attn_core.testing import fake_distribution, importable
 from attn_natten import library
+from attn_natten.kernels import KERNELS
 
 DOUBLE = Path(__file__).with_name("double")
 VERSION = "0.21.7"
+BY_NAME = {kernel.name: kernel for kernel in KERNELS}
 #: Modules of ours that hold on to the NATTEN that was there when they were imported.
 HOLDERS = ("attn_natten.kernels.run_fna", "attn_natten.kernels.run_fmha")
 
@@ -67,11 +69,20 @@ def is_natten(name: str) -> bool:
     return name == "natten" or name.startswith("natten.") or name in HOLDERS
 
 
-def the_double() -> ModuleType:
-    """The double itself, imported, with no calls noted yet."""
-    natten = library.natten()
-    natten.calls.clear()
-    return natten
+@contextmanager
+def registered() -> Iterator[ModuleType]:
+    """The double itself; within it every kernel is registered as `on_the_cpu` declares it."""
+    installed = registry.kernels("natten/*")
+    for kernel in installed:
+        registry.unregister(kernel)
+    handles = [registry.register(on_the_cpu(kernel)) for kernel in BY_NAME.values()]
+    try:
+        yield library.natten()
+    finally:
+        for handle in handles:
+            handle.unregister()
+        for kernel in installed:
+            registry.register(kernel)
 
 
 def registry_of_the_plugin() -> Registry:
@@ -80,8 +91,9 @@ def registry_of_the_plugin() -> Registry:
 
 
 def on_the_cpu(kernel: Kernel) -> Kernel:
-    """The kernel as it is declared for CUDA, declared for the CPU instead: the double runs there."""
-    declared = next(each for each in kernel.declarations if "cuda" in each.devices)
+    """The kernel as it is declared for CUDA, declared for the CPU instead, where it is not anyway: the double runs
+    there."""
+    declared = next((each for each in kernel.declarations if "cpu" in each.devices), kernel.declarations[0])
     limits = {"min_compute_capability": None, "max_compute_capability": None}
     capabilities: Capabilities = replace(declared, devices={"cpu"}, **limits)
     return replace(kernel, capabilities=capabilities, costs={"cpu": kernel.costs["cuda"]})

@@ -31,11 +31,10 @@ class StandIn(Tensor):
 
     @staticmethod
     def __new__(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, requires_grad: bool) -> StandIn:
-        made = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
-        return made(cls, shape, dtype=dtype, device=device, requires_grad=requires_grad)  # type: ignore[no-any-return]
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=requires_grad)
 
     @classmethod
-    def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise RuntimeError(f"{op}: a tensor without data was computed with")
 
 

@@ -14,7 +14,7 @@ from attn_core.bias import AttnBias
 
 from .. import library
 from . import asked, limits, priors, windows
-from .visited import work
+from .visited import work, work_of_flex
 
 HALF = frozenset({torch.float16, torch.bfloat16})
 WITH_FLOAT32 = HALF | {torch.float32}
@@ -150,6 +150,7 @@ FLEX = Kernel(
     refuse=_refusing("can_run_flex_attention", "can_run_flex_attention"),
     probe=probe_flex,
     costs={"cuda": priors.FLEX},
+    work=work_of_flex,
 )
 
 KERNELS = (CUTLASS, HOPPER, BLACKWELL, FLEX)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from attn_core import Cost
 
-CUTLASS_FNA = Cost(call=60e-6, pair_dim=16e-15, pair=0.8e-12, token_dim=1e-12, backward=3.0)
-HOPPER_FNA = Cost(call=90e-6, pair_dim=8e-15, pair=0.3e-12, token_dim=5e-12, backward=3.5)
-BLACKWELL_FNA = Cost(call=90e-6, pair_dim=8e-15, pair=0.25e-12, token_dim=4e-12, backward=3.5)
+CUTLASS_FNA = Cost(call=60e-6, pair_dim=24e-15, pair=1.2e-12, token_dim=1e-12, backward=3.0)
+HOPPER_FNA = Cost(call=90e-6, pair_dim=8e-15, pair=0.3e-12, token_dim=3.5e-12, backward=3.0)
+BLACKWELL_FNA = Cost(call=90e-6, pair_dim=8e-15, pair=0.25e-12, token_dim=3e-12, backward=3.0)
 
 CUTLASS_FMHA = Cost(call=50e-6, pair_dim=16e-15, pair=0.7e-12, token_dim=1e-12)
 HOPPER_FMHA = Cost(call=50e-6, pair_dim=8.5e-15, pair=0.3e-12, token_dim=1e-12, backward=3.5)

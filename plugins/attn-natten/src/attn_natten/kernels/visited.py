@@ -6,7 +6,7 @@ from math import prod
 
 from attn_core import Problem, Work
 
-from .windows import Axis, axes_of
+from .windows import Axis, axes_of, is_whole
 
 #: By rank, the sides of a tile, which NATTEN chooses so that it has 64 tokens unless told otherwise.
 TILE = {1: (64,), 2: (8, 8), 3: (4, 4, 4)}
@@ -25,3 +25,9 @@ def _pairs(axis: Axis, side: int) -> float:
     tiles = -(-points // side)
     met = min(kernel + side - 2 + side, tiles * side)  # a run of kernel + side - 1 keys, anywhere between tiles
     return float(dilation * tiles * side * met)
+
+
+def work_of_flex(problem: Problem) -> Work:
+    """Every pair, and beside them the mask of a neighborhood, which is made from its rule at every call."""
+    pairs = float(problem.seqlen_q) * float(problem.seqlen_kv)
+    return Work(pairs, added=0.0 if is_whole(problem.bias) else pairs)

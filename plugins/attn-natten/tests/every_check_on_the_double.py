@@ -1,0 +1,21 @@
+"""Every check of the conformance kit on NATTEN's kernels, by the double of NATTEN. Minutes: `nox -s natten` runs it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from attn_core.conformance import check_kernel
+
+sys.path.insert(0, str(Path(__file__).parent))  # pytest imports tests without their folder on it
+from natten_doubled import BY_NAME, doubled, registered
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_the_adapter_keeps_what_is_declared(tmp_path, name):
+    with doubled(tmp_path), registered():
+        results = check_kernel(name)
+    failed = [str(result) for result in results if not result]
+    assert not failed, "\n".join(failed)
+    assert sum(result.status == "passed" for result in results) > 50
