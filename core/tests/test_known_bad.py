@@ -24,11 +24,12 @@ from attn_core import (
 from attn_core.cli import main
 from attn_core.cost import Cost
 from attn_core.door import examine
+from attn_core.testing import fake_distribution, importable
 from click.testing import CliRunner
 
 #: A call on a CUDA device, of which each example below changes something.
 PLAIN = {"batch": 2, "seqlen_q": 256, "seqlen_kv": 256, "num_heads": 4, "num_kv_heads": 4, "head_dim": 64}
-TORCH = {"torch": "2.13.0+cu130", "cuda": "13.0", "cudnn": "9.20.0"}
+TORCH = {"torch": "2.13.0+cu130", "cuda": "13.0", "cudnn": "9.20.0", "natten": None}
 H100, B200, B300, THOR, RTX_5090, A100 = (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (8, 0)
 DENSE = "dense"
 GRAD = {"requires_grad": True}
@@ -140,6 +141,19 @@ EXAMPLES = {
             "torch 2.14": (H100, {"torch": "2.14.0"}, {"seqlen_q": 65537, "seqlen_kv": 65537, "bias": DENSE}),
         },
     ),
+    "341": (
+        "natten/cutlass-fna",
+        {
+            "the last release before": (A100, {"natten": "0.21.6+torch2110cu130"}, GRAD),
+            "the first of its generation": (H100, {"natten": "0.21.0"}, GRAD),
+        },
+        {
+            "the release with the repair": (A100, {"natten": "0.21.7"}, GRAD),
+            "no gradient": (A100, {"natten": "0.21.6"}, {}),
+            "an older GPU": ((7, 5), {"natten": "0.21.6"}, GRAD),
+            "no natten": (A100, {}, GRAD),
+        },
+    ),
 }
 
 
@@ -209,6 +223,13 @@ def test_where_lengths_are_symbolic_what_a_row_says_of_them_counts_as_met(librar
 )
 def test_the_version_of_cudnn_is_read_from_its_number(number, version):
     assert known_bad.version_of_cudnn(number) == version
+
+
+def test_the_version_of_a_library_that_a_plugin_brings_is_that_of_its_distribution(tmp_path):
+    fake_distribution(tmp_path, "natten", "0.21.6", {}, {}, ())
+    with importable(tmp_path):
+        assert known_bad.installed("natten") == "0.21.6"
+    assert known_bad.version_of("a-library-of-tomorrow") is None
 
 
 def test_nothing_is_known_to_be_bad_of_the_kernels_for_the_cpu():
@@ -384,7 +405,7 @@ WRONG = {
     "no library": ([{**ROW, "versions": {}}], "versions must name a library, got {}"),
     "a library nobody asks": (
         [{**ROW, "versions": {"triton": ">=3"}}],
-        "versions: knows torch, cuda, cudnn, got 'triton'",
+        "versions: knows torch, cuda, cudnn, natten, got 'triton'",
     ),
     "a version that is no specifier": ([{**ROW, "versions": {"torch": "2.9"}}], "torch must be specifiers"),
     "an empty specifier": ([{**ROW, "versions": {"torch": ""}}], "torch must be specifiers"),

@@ -34,7 +34,7 @@ SIZES = ("head_dim", "head_dim_v", "num_heads", "num_kv_heads")
 WAYS = ("is", "from", "to", "multiple_of", "plus", "not_multiple_of")
 FLAGS = ("backward", "dropout", "return_lse")
 KEYS = ("kernel", "device", "compute_capability", "versions", "problem", "what", "link")
-LIBRARIES = ("torch", "cuda", "cudnn")
+LIBRARIES = ("torch", "cuda", "cudnn", "natten")
 #: Some of PEP 440's specifiers, checked here because `packaging` is not loaded before a row may apply.
 SPECIFIERS = re.compile(r"(?:==|!=|>=|<=|>|<)\d[\w.]*(?:,(?:==|!=|>=|<=|>|<)\d[\w.]*)*")
 
@@ -205,15 +205,27 @@ def _version_is(library: str, wanted: str) -> bool:
 
 
 def installed(library: str) -> str | None:
-    """The version of a library that this torch uses; None where it uses none."""
+    """The version of a library that this torch uses, or of one that a plugin brings; None where there is none."""
     if library == "torch":
         return str(torch.__version__)
+    if library == "natten":
+        return version_of(library)
     if torch.version.hip:  # names its devices "cuda", and its own libraries after NVIDIA's
         return None
     if library == "cuda":
         return torch.version.cuda
     number = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     return None if number is None else version_of_cudnn(number)
+
+
+def version_of(distribution: str) -> str | None:
+    """Of an installed distribution; its library is not imported for this."""
+    import importlib_metadata
+
+    try:
+        return importlib_metadata.version(distribution)
+    except importlib_metadata.PackageNotFoundError:
+        return None
 
 
 def version_of_cudnn(number: int) -> str:
