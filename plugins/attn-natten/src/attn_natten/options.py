@@ -43,7 +43,7 @@ SCHEDULES = ("non", "coop", "pp")
 TILES = "a kernel chooses its tiles by itself; the autotuner (use_autotuner) tries others"
 REASONS = {
     "xformers_kwargs": "xFormers is not called: additional keys and values go to whichever kernel takes them",
-    "backward_kv_splits": "no kernel of attn splits keys and values in its backward",
+    "backward_kv_splits": "use_kv_parallelism_in_fused_na says whether NATTEN's kernels split, and kv_splits into how many",
     "backward_use_pt_reduction": "kernels sum what the backward needs by themselves",
     "run_persistent_kernel": "kernels schedule their tiles by themselves",
     "kernel_schedule": "kernels schedule their tiles by themselves",
