@@ -25,7 +25,7 @@ from ..flops.torch_counter import is_counting, is_in_a_trace_of_jit
 from . import linear, nested, ops
 from .products import Window
 from .shapes import apart
-from .transforms import call
+from .transforms import call_one
 
 _is_tracing = torch.compiler.is_dynamo_compiling
 
@@ -43,7 +43,7 @@ def qk(
     is_causal: CausalPerAxis | None,
     rpb: Tensor | None,
     is_casual: CausalPerAxis | None,
-) -> Any:
+) -> Tensor:
     is_causal = causal_alias(is_causal, is_casual, stacklevel=CALLER)
     if _tell_counters():
         return unfused_in_a_trace.qk(rank, query, key, kernel_size, dilation, additional_keys, is_causal, rpb)
@@ -66,7 +66,7 @@ def _qk(
     additional_keys: Tensor | None,
     is_causal: CausalPerAxis | None,
     rpb: Tensor | None,
-) -> Any:
+) -> Tensor:
     query, key, additional_keys = (_under_autocast(tensor) for tensor in (query, key, additional_keys))
     spatial = check_heads_first(query, key, rank)
     mask = neighborhood(spatial, kernel_size, dilation=dilation, is_causal=is_causal)
@@ -78,7 +78,7 @@ def _qk(
         check_rpb_has_no_tangents(rpb, query, key, *(() if additional_keys is None else (additional_keys,)))
     attn = linear.weights(query, key, of_axes)
     if rpb is not None:
-        attn = attn + call(ops.rpb, rpb.to(key.dtype), spatial, of_axes.kernel, of_axes.dilation)
+        attn = attn + call_one(ops.rpb, rpb.to(key.dtype), spatial, of_axes.kernel, of_axes.dilation)
     if additional_keys is None:
         return attn
     tokens = query.flatten(2, -2) @ additional_keys.mT
@@ -94,7 +94,7 @@ def av(
     additional_values: Tensor | None,
     is_causal: CausalPerAxis | None,
     is_casual: CausalPerAxis | None,
-) -> Any:
+) -> Tensor:
     is_causal = causal_alias(is_causal, is_casual, stacklevel=CALLER)
     if _tell_counters():
         return unfused_in_a_trace.av(rank, attn, value, kernel_size, dilation, additional_values, is_causal)
@@ -115,7 +115,7 @@ def _av(
     dilation: PerAxis | None,
     additional_values: Tensor | None,
     is_causal: CausalPerAxis | None,
-) -> Any:
+) -> Tensor:
     value, additional_values = _under_autocast(value), _under_autocast(additional_values)
     if isinstance(attn, Tensor) and isinstance(value, Tensor) and attn.is_floating_point():
         attn = attn.to(value.dtype)

@@ -19,7 +19,7 @@ from torch import Tensor
 from .axis import Lines, Run, lines, runs
 
 #: Queries of a block on an axis.
-ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
+ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)
 
 # What the choice of blocks costs, in nanoseconds of one core. Only the ratios matter, and not much.
 PAIR = 0.5  #: an element of a block, written and read

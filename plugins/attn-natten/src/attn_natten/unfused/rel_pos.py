@@ -32,7 +32,7 @@ def slots(rpb: Tensor, spatial: Sequence[int], window: Window) -> Tensor:
     for axis, kernel in enumerate(window.kernel):
         found = found.unfold(1 + axis, kernel, 1)
     for axis, of_axis in enumerate(zip(spatial, window.kernel, window.dilation)):
-        found = found.index_select(1 + axis, torch.tensor(_offsets(*of_axis), device=rpb.device))
+        found = found.index_select(1 + axis, _offsets_on(rpb.device, *of_axis))
     return found.flatten(1 + len(spatial))
 
 
@@ -72,6 +72,11 @@ def _offsets(extent: int, kernel: int, dilation: int) -> list[int]:
             first = line.first + dilation * point
             found[first : first + line.count] = [start - point + kernel - 1] * line.count
     return found
+
+
+@lru_cache(maxsize=256)
+def _offsets_on(device: torch.device, *of_axis: int) -> Tensor:
+    return torch.tensor(_offsets(*of_axis), device=device)
 
 
 @lru_cache(maxsize=256)

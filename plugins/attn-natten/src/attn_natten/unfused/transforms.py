@@ -38,6 +38,12 @@ def call(op: CustomOpDef, *inputs: Any) -> Any:
     return op(*inputs)
 
 
+def call_one(op: CustomOpDef, *inputs: Any) -> Tensor:
+    """The same of an operator with one output."""
+    found: Tensor = call(op, *inputs)
+    return found
+
+
 class _Transformed(torch.autograd.Function):
     """`(*inputs, op)`."""
 
