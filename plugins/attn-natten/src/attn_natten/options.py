@@ -1,9 +1,8 @@
-"""Options of NATTEN's kernels. Those of attn choose their tiles by themselves: such an option is checked, and said once
-to be without effect."""
+"""Options of NATTEN's kernels: what they may be, and what is said where no kernel takes them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from attn_core.errors import InputError, InputTypeError
@@ -40,39 +39,49 @@ NO_OPTIONS_OF_ATTENTION = tuple(OF_ATTENTION.values())
 
 SCHEDULES = ("non", "coop", "pp")
 
-TILES = "a kernel chooses its tiles by itself; the autotuner (use_autotuner) tries others"
+#: Why no kernel takes it, where that is not `OTHERWISE`.
 REASONS = {
     "xformers_kwargs": "xFormers is not called: additional keys and values go to whichever kernel takes them",
-    "backward_kv_splits": "use_kv_parallelism_in_fused_na says whether NATTEN's kernels split, and kv_splits into how many",
-    "backward_use_pt_reduction": "kernels sum what the backward needs by themselves",
     "run_persistent_kernel": "kernels schedule their tiles by themselves",
-    "kernel_schedule": "kernels schedule their tiles by themselves",
-    "torch_compile": "no kernel is compiled when it is called; torch.compile around the call compiles it",
+    "backward_kv_splits": "use_kv_parallelism_in_fused_na says whether NATTEN's kernels split, kv_splits how often",
 }
+OTHERWISE = "the kernel that runs chooses that by itself"
+#: The same where a call may name a kernel that takes it.
+OF_NATTEN = f"{OTHERWISE}; backend= may name one of NATTEN's, which takes it outside of graphs"
 
 
-def say_options_without_effect(
-    function: str, rank: int, defaults: Mapping[str, Any], values: tuple[Any, ...], stacklevel: int = 4
-) -> None:
-    """Checks the options that are given (are not their default), and warns of each once.
+def given_options(rank: int, defaults: Mapping[str, Any], values: tuple[Any, ...]) -> dict[str, Any]:
+    """Those that are given (are not their default), checked; tiles and parts as a tuple of `rank`.
 
     Raises InputError or InputTypeError, naming the option, for what it cannot be.
     """
+    given = {}
     for (name, default), value in zip(defaults.items(), values):
         if value is not default:
-            _check(name, value, default, rank)
-            say_without_effect(function, name, REASONS.get(name, TILES), stacklevel)
+            given[name] = _checked(name, value, default, rank)
+    return given
 
 
-def _check(name: str, value: Any, default: Any, rank: int) -> None:
+def say_options_without_effect(function: str, names: Iterable[str], otherwise: str = OTHERWISE) -> None:
+    """Warns of each option once, at the caller of the function that calls this."""
+    for name in names:
+        say_without_effect(function, name, REASONS.get(name, otherwise), stacklevel=4)
+
+
+def _checked(name: str, value: Any, default: Any, rank: int) -> Any:
     if isinstance(default, bool):
         if not isinstance(value, bool):
             raise InputError(f"{name}: takes True or False, got {value!r}")
-    elif name == "kernel_schedule":
+        return value
+    if name == "kernel_schedule":
         if value not in SCHEDULES:
             raise InputError(f"{name}: takes one of {', '.join(map(repr, SCHEDULES))}, or None; got {value!r}")
-    elif name == "xformers_kwargs":
+        return value
+    if name == "xformers_kwargs":
         if not isinstance(value, Mapping):
             raise InputTypeError(f"{name}: takes a dict or None, got {type(value).__name__}")
-    elif min(of_each_axis(name, value, rank)) < 1:
+        return value
+    sizes = of_each_axis(name, value, rank)
+    if min(sizes) < 1:
         raise InputError(f"{name}: must be at least 1 on each axis, got {value!r}")
+    return sizes
