@@ -170,7 +170,7 @@ def test_thorough_mode_tries_more_and_searches_again(timed):
     call(x)
     thorough = {tiles for tiles, _ in timed}
     assert len(thorough) > 3 * len(standard)
-    assert any(tiles.batch_bytes is not None for tiles in thorough)
+    assert any(tiles.batch_bytes is not None and tiles.box is not None for tiles in thorough)
     timed.clear()
     use_autotuner(thorough_mode_forward=False)
     call(x)

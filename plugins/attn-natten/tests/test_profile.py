@@ -93,7 +93,7 @@ def test_a_dry_run_lists_what_could_run_and_why_not_the_others():
     text = run(*SMALL, "--dry-run", "--backprop")
     rows = {line.split("│")[1].strip(): line for line in text.splitlines() if line.count("│") == 5}
     assert "chosen" in text
-    assert "forward, 7: its own; box 2x4" in one_line(text)
+    assert "forward, 9: its own; box 1x8" in one_line(text)
     assert {"torch/tiled", "torch/math", "torch/reference"} <= set(rows)
     (efficient,) = (line for name, line in rows.items() if name == "torch/cudnn")
     assert "unavailable" in efficient or "refused" in efficient
@@ -101,7 +101,7 @@ def test_a_dry_run_lists_what_could_run_and_why_not_the_others():
 
 def test_a_dry_run_shows_as_many_configurations_as_it_is_told_to():
     few = one_line(run(*SMALL, "--dry-run", "--kernel", "torch/tiled", "--max-configs", "2"))
-    assert "its own; box 2x4; … 5 more" in few
+    assert "its own; box 1x8; … 7 more" in few
     every = one_line(run(*SMALL, "--dry-run", "--kernel", "torch/tiled", "--max-configs", "0", "--thorough"))
     assert "more" not in every
     assert "batch_bytes 262144" in every

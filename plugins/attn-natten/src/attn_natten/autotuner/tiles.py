@@ -15,24 +15,31 @@ from typing import Any
 
 from attn_core import Neighborhood, Problem
 from attn_core.errors import InputError
-from attn_core.torch_kernels.tiling.boxes import box_size
+from attn_core.torch_kernels.tiling.boxes import BACKWARD_BOXES, FORWARD_BOXES, box_size
 from attn_core.torch_kernels.tiling.chosen import OWN, Tiles, choose_tiles
+from attn_core.torch_kernels.tiling.windows import FORWARD_ROWS
+
+Box = tuple[int, ...]
 
 #: The likely boxes, by the number of axes.
-LIKELY_FORWARD: dict[int, tuple[tuple[int, ...], ...]] = {
-    1: ((16,), (64,), (128,)),
-    2: ((2, 4), (4, 4), (4, 8), (2, 16), (8, 8), (4, 16)),
-    3: ((1, 2, 8), (1, 4, 4), (2, 2, 4), (2, 4, 4), (2, 4, 8), (4, 4, 4)),
+LIKELY_FORWARD: dict[int, tuple[Box, ...]] = {
+    1: ((16,), (64,)),
+    2: ((1, 8), (4, 4), (4, 8), (2, 16), (8, 8)),
+    3: ((1, 2, 8), (1, 4, 8), (2, 2, 4), (2, 4, 4), (2, 4, 8)),
 }
-LIKELY_BACKWARD: dict[int, tuple[tuple[int, ...], ...]] = {
+LIKELY_BACKWARD: dict[int, tuple[Box, ...]] = {
     1: ((32,), (64,), (128,), (256,)),
-    2: ((4, 8), (4, 16), (8, 16), (16, 8), (16, 16)),
-    3: ((2, 4, 4), (2, 4, 8), (2, 8, 8), (4, 4, 8), (4, 8, 8), (8, 8, 8)),
+    2: ((4, 8), (8, 16), (16, 8), (16, 16)),
+    3: ((2, 4, 4), (2, 4, 8), (2, 8, 8), (4, 4, 8)),
 }
 #: Every size of a box on an axis, by the number of axes, where all are tried.
 SIZES = {1: (8, 16, 32, 64, 96, 128, 192, 256, 384), 2: (1, 2, 4, 8, 16, 32), 3: (1, 2, 4, 8)}
-#: Bytes of a batch of boxes, where all are tried; None is the kernel's own.
-BATCHES = (None, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
+#: The bytes of a batch of boxes that are tried beside the kernel's own.
+FORWARD_BATCHES = (1 << 18, 1 << 22, 1 << 24)
+BACKWARD_BATCHES = (1 << 20, 1 << 24)
+#: What the kernel takes where nothing is chosen; in the backward on a line, that depends on the window.
+OWN_FORWARD: dict[int, Box] = {1: (FORWARD_ROWS,), **FORWARD_BOXES}
+OWN_BACKWARD: dict[int, Box] = BACKWARD_BOXES
 #: Queries of a box, and pairs of queries and keys, that a box has at most.
 MOST_QUERIES, MOST_PAIRS = 512, 1 << 20
 
@@ -45,11 +52,14 @@ class Tiled:
         mask = problem.bias
         assert isinstance(mask, Neighborhood)
         rank = len(mask.extents)
+        own = (OWN_BACKWARD if backward else OWN_FORWARD).get(rank)
+        batches = BACKWARD_BATCHES if backward else FORWARD_BATCHES
         if not thorough:
             likely = (LIKELY_BACKWARD if backward else LIKELY_FORWARD)[rank]
-            return [OWN, *(Tiles(box=box) for box in different(mask, likely))]
-        boxes = [None, *different(mask, itertools.product(SIZES[rank], repeat=rank))]
-        return [Tiles(box=box, batch_bytes=bound) for bound in BATCHES for box in boxes]
+            boxes = different(mask, likely, own)
+            return [OWN, *(Tiles(box=box) for box in boxes), *(Tiles(batch_bytes=bound) for bound in batches)]
+        every: list[Box | None] = [None, *different(mask, itertools.product(SIZES[rank], repeat=rank), own)]
+        return [Tiles(box=box, batch_bytes=bound) for bound in (None, *batches) for box in every]
 
     def within(self, forward: Tiles | None, backward: Tiles | None) -> AbstractContextManager[None]:
         return choose_tiles(forward=forward, backward=backward)
@@ -76,14 +86,19 @@ class Tiled:
 TILED = Tiled()
 
 
-def different(mask: Neighborhood, boxes: Iterable[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
-    """Those of which no two come to the same on the axes of `mask`, and none is too large."""
-    seen = set()
-    for box in boxes:
-        sizes = tuple(
+def different(mask: Neighborhood, boxes: Iterable[Box], own: Box | None) -> Iterator[Box]:
+    """Those that come to something else on the axes of `mask` than the kernel's `own`, and than each other; and none
+    that is too large."""
+
+    def on_axes(box: Box) -> Box:
+        return tuple(
             box_size(size, stride, ceil(extent / dilation))
             for size, (extent, _, stride, dilation, _) in zip(box, mask.axes)
         )
+
+    seen = set() if own is None else {on_axes(own)}
+    for box in boxes:
+        sizes = on_axes(box)
         keys = prod(min(size + kernel, extent) for size, (extent, kernel, *_) in zip(sizes, mask.axes))
         queries = prod(sizes)
         if sizes not in seen and queries <= MOST_QUERIES and queries * keys <= MOST_PAIRS:
