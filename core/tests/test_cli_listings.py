@@ -179,12 +179,8 @@ def test_plugins_as_json_have_states_and_reasons(site, monkeypatch):
     with pytest.warns(attn_core.PluginWarning):
         attn_core.plugins()
     found = {plugin["name"]: plugin for plugin in json.loads(attn("plugins", "--json"))}
-    assert {name: plugin["state"] for name, plugin in found.items()} == {
-        "bad": "broken",
-        "hello": "unavailable",
-        "old": "broken",
-        "torch": "ready",
-    }
+    states = {"bad": "broken", "hello": "unavailable", "old": "broken", "torch": "ready"}
+    assert {name: found[name]["state"] for name in states} == states
     assert found["bad"]["reason"].startswith("ZeroDivisionError")
     assert found["hello"]["reason"] == "blocked by ATTN_BLOCK"
     assert found["old"]["fix"].startswith("pip install")
@@ -213,7 +209,7 @@ def test_the_doctor_tells_the_environment(site, monkeypatch):
 
 
 def test_a_healthy_installation_exits_with_0(site):
-    assert all(finding["state"] == "unavailable" for finding in findings().values())
+    assert {finding["state"] for finding in findings().values()} <= {"unavailable", "absent"}
 
 
 def test_a_broken_plugin_exits_with_1_and_says_what_to_type(site):
