@@ -96,4 +96,4 @@ def on_the_cpu(kernel: Kernel) -> Kernel:
     declared = next((each for each in kernel.declarations if "cpu" in each.devices), kernel.declarations[0])
     limits = {"min_compute_capability": None, "max_compute_capability": None}
     capabilities: Capabilities = replace(declared, devices={"cpu"}, **limits)
-    return replace(kernel, capabilities=capabilities, costs={"cpu": kernel.costs["cuda"]})
+    return replace(kernel, capabilities=capabilities, costs={"cpu": kernel.costs["cuda"]} | kernel.costs)

@@ -23,6 +23,7 @@ from attn_core import (
     Segments,
     Window,
     attention,
+    explain,
     reference_attention,
 )
 from attn_core.conformance import check_kernel
@@ -70,7 +71,7 @@ def drawn(rank, rng):
 @pytest.mark.parametrize("rank", [1, 2, 3], ids="{}-D".format)
 def test_neighborhoods_arrive_with_every_parameter_on_its_axis(natten, rank, seed):
     rng = random.Random(seed + rank)
-    for number in range(25):
+    for number in range(15):
         extents, bias = drawn(rank, rng)
         kv_heads, dim_v = rng.choice((1, 2, 4)), rng.choice((8, 16))
         query, key, value = operands(2, torch.Size(extents).numel(), 4, kv_heads, 8, dim_v, seed=seed + number)
@@ -421,6 +422,31 @@ def test_kernels_that_are_no_ops_of_torch_are_not_for_graphs(natten):
     assert reasons("natten/cutlass-fna", compiling=True) == {}
     environment.DISABLE_TORCH_OPS = True
     assert list(reasons("natten/cutlass-fna", compiling=True)) == ["compiling"]
+
+
+# What it costs
+
+
+def test_a_window_costs_the_tiles_that_it_meets():
+    def visited(bias, seqlen=4096):
+        asked = problem(device="cuda", compute_capability=(9, 0), seqlen_q=seqlen, seqlen_kv=seqlen, bias=bias)
+        return fna.HOPPER.work(asked).pairs / seqlen
+
+    assert visited(None) == 4096
+    assert visited(Neighborhood(4096, kernel_size=9)) == 9 + 2 * 64 - 2
+    assert visited(Neighborhood((64, 64), kernel_size=9)) == (9 + 2 * 8 - 2) ** 2
+    assert visited(Neighborhood((16, 16, 16), kernel_size=3)) == (3 + 2 * 4 - 2) ** 3
+    assert visited(Neighborhood((64, 64), kernel_size=(63, 9))) == 64 * 23  # no more than there are
+    assert visited(Neighborhood((64, 64), kernel_size=9, dilation=2)) == 23**2
+    assert visited(Neighborhood(4096, kernel_size=9, is_causal=True)) == 9 + 2 * 64 - 2
+
+
+def test_flex_takes_longer_on_the_cpu_than_what_it_calls(natten):
+    query, key, value = operands(1, 1024, 2, 2, 32)
+    with torch.no_grad():
+        verdicts = explain(query, key, value, Neighborhood((32, 32), kernel_size=7)).verdicts
+    seconds = {each.kernel: each.seconds for each in verdicts}
+    assert seconds["torch/tiled"] < seconds["torch/flex"] < seconds["natten/flex-fna"]
 
 
 # The conformance kit, on the double; all of it is run by `every_check_on_the_double.py`

@@ -119,7 +119,7 @@ FLEX = Kernel(
     ),
     refuse=_refusing("can_run_flex_attention"),
     probe=probe_flex,
-    costs={"cuda": priors.FLEX},
+    costs={"cpu": priors.FLEX_FMHA_ON_CPU, "cuda": priors.FLEX},
 )
 
 KERNELS = (CUTLASS, HOPPER, BLACKWELL, FLEX)

@@ -149,7 +149,7 @@ FLEX = Kernel(
     ),
     refuse=_refusing("can_run_flex_attention", "can_run_flex_attention"),
     probe=probe_flex,
-    costs={"cuda": priors.FLEX},
+    costs={"cpu": priors.FLEX_FNA_ON_CPU, "cuda": priors.FLEX},
     work=work_of_flex,
 )
 
