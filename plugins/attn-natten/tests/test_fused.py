@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import warnings
 import weakref
 
 import attn_core
@@ -12,9 +11,8 @@ import pytest
 import torch
 from attn_core.errors import InputError, InputTypeError, KernelRefusedError, UnknownKernelError
 from attn_natten import na1d, na2d, na3d
-from attn_natten.errors import ConstraintError, NoEffectWarning, UnknownBackendError, UnsupportedError
+from attn_natten.errors import ConstraintError, UnknownBackendError, UnsupportedError
 from attn_natten.fused import remembered
-from attn_natten.no_effect import forget_what_was_said
 from torch.nn.functional import scaled_dot_product_attention
 
 FUNCTIONS = {1: na1d, 2: na2d, 3: na3d}
@@ -185,34 +183,6 @@ def test_a_list_is_as_good_as_a_tuple():
     torch.testing.assert_close(na2d(*given, [3, 5], dilation=[2, 1]), na2d(*given, (3, 5), dilation=(2, 1)))
 
 
-def test_every_option_of_nattens_kernels_is_taken_and_said_to_have_no_effect_once():
-    given = operands(6, 5)
-    options = {
-        "xformers_kwargs": {},
-        "q_tile_shape": (8, 8),
-        "kv_tile_shape": (8, 8),
-        "backward_q_tile_shape": (8, 8),
-        "backward_kv_tile_shape": (8, 8),
-        "backward_kv_splits": (1, 1),
-        "backward_use_pt_reduction": True,
-        "run_persistent_kernel": False,
-        "kernel_schedule": "coop",
-        "torch_compile": True,
-    }
-    forget_what_was_said()
-    with pytest.warns(NoEffectWarning) as said:
-        got = na2d(*given, 3, **options)
-    assert [str(each.message).split()[1] for each in said] == list(options)
-    assert {each.filename for each in said} == {__file__}
-    torch.testing.assert_close(got, na2d(*given, 3), atol=0, rtol=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        na2d(*given, 3, **options)
-    with pytest.warns(NoEffectWarning, match="na1d: q_tile_shape"):  # another function
-        na1d(*operands(6), 3, q_tile_shape=(64,))
-    forget_what_was_said()
-
-
 def test_attention_kwargs_go_to_the_attention_to_additional_keys():
     given, more = operands(6, 5), operands(4)[1:]
     both = {"additional_keys": more[0], "additional_values": more[1]}
@@ -302,10 +272,6 @@ BAD = {
     "rpb-of-another-shape": bad(match="rpb: dimension 2 .* must be 5, got 4", rpb=torch.randn(2, 5, 4)),
     "rpb-and-causal": bad(match="rpb: .* causal", error=UnsupportedError, rpb=torch.randn(2, 5, 5), is_causal=True),
     "rpb-and-an-even-kernel": bad(match="rpb: .* odd kernel sizes", rpb=torch.randn(2, 7, 7), kernel_size=4),
-    "schedule": bad(match="kernel_schedule: takes one of 'non'", error=InputError, kernel_schedule="fast"),
-    "tile": bad(match="q_tile_shape: takes", error=InputError, q_tile_shape=(8, 8, 8)),
-    "tile-of-none": bad(match="q_tile_shape: must be at least 1", error=InputError, q_tile_shape=(8, 0)),
-    "persistent": bad(match="run_persistent_kernel: takes True or False", error=InputError, run_persistent_kernel="no"),
     "scale": bad(match="scale: takes a number", error=InputTypeError, scale="big"),
 }
 

@@ -28,14 +28,11 @@ def compiled(function, *, dynamic=None, backend="eager"):
 
 
 CALLS = {
-    "na1d": (lambda q, k, v: na1d(q, k, v, 5), (16,), {}),
     "na1d-causal": (lambda q, k, v: na1d(q, k, v, 5, is_causal=True), (16,), {}),
-    "na1d-whole": (lambda q, k, v: na1d(q, k, v, 16), (16,), {}),
     "na2d": (lambda q, k, v: na2d(q, k, v, (3, 5), dilation=(2, 1)), (8, 7), {}),
     "na2d-stride": (lambda q, k, v: na2d(q, k, v, 4, stride=2, is_causal=(True, False)), (8, 7), {}),
     "na2d-fewer-kv-heads": (lambda q, k, v: na2d(q, k, v, 3), (8, 7), {"heads": 4, "kv_heads": 2}),
-    "na2d-lse": (lambda q, k, v: na2d(q, k, v, 3, return_lse=True)[1], (8, 7), {}),
-    "na2d-backend": (lambda q, k, v: na2d(q, k, v, 3, backend="torch/tiled"), (8, 7), {}),
+    "na2d-lse": (lambda q, k, v: na2d(q, k, v, 3, return_lse=True, backend="torch/tiled")[1], (8, 7), {}),
     "na3d": (lambda q, k, v: na3d(q, k, v, 3, scale=0.0), (4, 5, 3), {}),
     "attention": (lambda q, k, v: attention(q, k, v, is_causal=True, return_lse=True)[0], (16,), {}),
 }

@@ -62,10 +62,12 @@ def given_options(rank: int, defaults: Mapping[str, Any], values: tuple[Any, ...
     return given
 
 
-def say_options_without_effect(function: str, names: Iterable[str], otherwise: str = OTHERWISE) -> None:
-    """Warns of each option once, at the caller of the function that calls this."""
+def say_options_without_effect(
+    function: str, names: Iterable[str], otherwise: str = OTHERWISE, stacklevel: int = 4
+) -> None:
+    """Warns of each option once; `stacklevel` as for `say_without_effect`, 4 at the caller of the caller."""
     for name in names:
-        say_without_effect(function, name, REASONS.get(name, otherwise), stacklevel=4)
+        say_without_effect(function, name, REASONS.get(name, otherwise), stacklevel)
 
 
 def _checked(name: str, value: Any, default: Any, rank: int) -> Any:

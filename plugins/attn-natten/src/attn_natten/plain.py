@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .backends import FMHA, kernel_of
 from .errors import ConstraintError, UnsupportedError
-from .options import NO_OPTIONS_OF_ATTENTION, OF_ATTENTION, say_options_without_effect
+from .options import NO_OPTIONS_OF_ATTENTION, OF_ATTENTION, given_options, say_options_without_effect
 
 TOP_LEFT = Causal("top-left")
 
@@ -96,7 +96,7 @@ def attention(
         torch_compile,
     )
     if options != NO_OPTIONS_OF_ATTENTION:
-        say_options_without_effect("attention", 1, OF_ATTENTION, options)
+        say_options_without_effect("attention", given_options(1, OF_ATTENTION, options))
     kernel = kernel_of(backend, FMHA)
     if not return_lse:
         return attn_core.attention(query, key, value, bias, scale=scale, kernel=kernel)

@@ -13,8 +13,9 @@ from attn_core.errors import InputTypeError
 from torch import Tensor
 
 from ..arguments import CausalPerAxis, PerAxis, causal_alias
-from ..options import NO_OPTIONS_OF_FUSED, OF_FUSED, say_options_without_effect
+from ..options import NO_OPTIONS_OF_FUSED
 from .call import or_counted
+from .told import told
 
 
 def na1d(
@@ -73,9 +74,7 @@ def na1d(
         kernel_schedule,
         torch_compile,
     )
-    if options != NO_OPTIONS_OF_FUSED:
-        say_options_without_effect("na1d", 1, OF_FUSED, options)
-    return or_counted(
+    arguments = (
         1,
         query,
         key,
@@ -92,6 +91,10 @@ def na1d(
         return_lse,
         attention_kwargs,
     )
+    if options == NO_OPTIONS_OF_FUSED:
+        return or_counted(*arguments)
+    with told("na1d", 1, backend, options):
+        return or_counted(*arguments)
 
 
 def na2d(
@@ -148,7 +151,9 @@ def na2d(
 
     Parameters are one value for both axes, or a tuple with one for each.
 
-    The others are NATTEN's options of its kernels: without effect here, which is said once for each that is given.
+    The others are options of NATTEN's kernels. Tiles, the schedule, parts of keys and values, and how these are summed
+    are told to the kernel where `backend` names one of NATTEN's, outside of graphs; what the autotuner finds comes
+    first. Else, and the rest anywhere, they have no effect, which is said once for each that is given.
 
     Returns:
         `out`, `[batch, height, width, num_heads, head_dim_v]` in query's dtype; with `return_lse`, `(out, lse)`, lse
@@ -177,9 +182,7 @@ def na2d(
         kernel_schedule,
         torch_compile,
     )
-    if options != NO_OPTIONS_OF_FUSED:
-        say_options_without_effect("na2d", 2, OF_FUSED, options)
-    return or_counted(
+    arguments = (
         2,
         query,
         key,
@@ -196,6 +199,10 @@ def na2d(
         return_lse,
         attention_kwargs,
     )
+    if options == NO_OPTIONS_OF_FUSED:
+        return or_counted(*arguments)
+    with told("na2d", 2, backend, options):
+        return or_counted(*arguments)
 
 
 def na3d(
@@ -254,9 +261,7 @@ def na3d(
         kernel_schedule,
         torch_compile,
     )
-    if options != NO_OPTIONS_OF_FUSED:
-        say_options_without_effect("na3d", 3, OF_FUSED, options)
-    return or_counted(
+    arguments = (
         3,
         query,
         key,
@@ -273,6 +278,10 @@ def na3d(
         return_lse,
         attention_kwargs,
     )
+    if options == NO_OPTIONS_OF_FUSED:
+        return or_counted(*arguments)
+    with told("na3d", 3, backend, options):
+        return or_counted(*arguments)
 
 
 def refuse_by_position(function: str, given: tuple[Any, ...]) -> None:
