@@ -96,6 +96,14 @@ def test_fused_attention_goes_on_without_kv_parallelism_where_told():
     assert not attn_natten.is_kv_parallelism_in_fused_na_enabled()
 
 
+def test_that_fused_attention_goes_on_is_logged_with_what_kv_parallelism_costs(caplog):
+    caplog.set_level(logging.INFO, "attn_natten")
+    attn_natten.use_fused_na(kv_parallel=False)
+    assert caplog.messages == ["modules run fused neighborhood attention from now on"]
+    attn_natten.use_fused_na()
+    assert caplog.messages[-1].endswith("a kernel that splits its backward pass over keys is not deterministic")
+
+
 def test_off_is_off_whatever_the_other_arguments_say():
     attn_natten.use_fused_na(False, kv_parallel=True, use_flex_attention=True, force_flex_attention=True)
     assert state() == GETTERS

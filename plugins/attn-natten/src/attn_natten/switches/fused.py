@@ -39,7 +39,8 @@ def use_fused_na(
         flex.turn(mode and use_flex_attention, mode and force_flex_attention)
         FUSED.value = mode
     if mode:
-        logger.info("modules run fused neighborhood attention from now on")
+        parallel = "; a kernel that splits its backward pass over keys is not deterministic" if kv_parallel else ""
+        logger.info("modules run fused neighborhood attention from now on%s", parallel)
 
 
 def is_fused_na_enabled() -> bool:
