@@ -180,8 +180,9 @@ def test_the_tables_of_each_choice_are_kept():
         with choose_tiles(forward=Tiles(box=(5, 6))):
             attention(*x, PLANE, kernel=NAME)
     two = TABLES.nbytes
-    with choose_tiles(forward=Tiles(box=(5, 6))):
-        attention(*x, PLANE, kernel=NAME)
+    for tiles in (Tiles(box=(5, 6)), Tiles(), None):
+        with choose_tiles(forward=tiles):
+            attention(*x, PLANE, kernel=NAME)
     assert 0 < one < two == TABLES.nbytes
 
 

@@ -84,7 +84,7 @@ def choose_tiles(*, forward: Tiles | None = None, backward: Tiles | None = None)
     if torch.compiler.is_dynamo_compiling():  # which takes no ContextVar; what it traces keeps the kernel's own
         yield
         return
-    token = _chosen.set(Chosen(forward or OWN, backward or OWN))
+    token = _chosen.set(Chosen(*(OWN if tiles is None or tiles == OWN else tiles for tiles in (forward, backward))))
     try:
         yield
     finally:

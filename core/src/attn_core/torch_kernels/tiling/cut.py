@@ -59,7 +59,7 @@ def tiling_of(mask: Mask, query: Tensor, backward: bool, scores: Scores | None =
         found = cut(mask, backward, like, chosen)
         return found if small is None else for_scores(found, like, *small)
 
-    key = mask.key, backward, small, like.dtype, like.device, chosen
+    key = mask.key, backward, small, like.dtype, like.device, None if chosen is OWN else chosen
     return made() if mask.holds_data else TABLES.get(key, made)
 
 
