@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import attn_natten
 import pytest
 import torch
 from attn_core import (
@@ -197,6 +198,37 @@ def test_a_neighborhood_can_be_part_of_a_graph(natten):
     query, key, value = operands(2, 20, 2, 2, 8)
     expected, _ = reference_attention(query, key, value, bias)
     torch.testing.assert_close(compiled(query, key, value).double(), expected, **CLOSE)
+
+
+# The front end, over them
+
+
+@pytest.mark.parametrize("kernel_size", [3, (4, 5)], ids=["window", "whole"])
+def test_the_front_end_hands_a_backend_of_natten_to_its_kernel(natten, kernel_size):
+    query, key, value = (torch.randn(2, 4, 5, 4, 8) for _ in range(3))
+    out, lse = attn_natten.na2d(query, key, value, kernel_size, backend="cutlass-fna", return_lse=True)
+    assert [call[1] for call in natten.calls] == ["cutlass-fna" if kernel_size == 3 else "cutlass-fmha"]
+    expected, expected_lse = attn_natten.na2d(query, key, value, kernel_size, backend="torch/tiled", return_lse=True)
+    torch.testing.assert_close(out, expected, **CLOSE)
+    torch.testing.assert_close(lse, expected_lse, **CLOSE)
+
+
+def test_the_front_end_adds_keys_by_natten_too(natten):
+    query, key, value = (torch.randn(2, 4, 5, 4, 8) for _ in range(3))
+    more = dict(zip(("additional_keys", "additional_values"), torch.randn(2, 2, 7, 4, 8)))
+    options = {"backend": "cutlass-fna", "attention_kwargs": {"backend": "cutlass-fmha"}}
+    out = attn_natten.na2d(query, key, value, 3, **more, **options)
+    assert [call[1] for call in natten.calls] == ["cutlass-fna", "cutlass-fmha"]
+    torch.testing.assert_close(out, attn_natten.na2d(query, key, value, 3, **more), **CLOSE)
+
+
+def test_the_front_end_raises_the_reasons_of_a_kernel_that_refuses(natten):
+    query, key, value = (torch.randn(2, 4, 5, 4, 8, requires_grad=True) for _ in range(3))
+    more = dict(zip(("additional_keys", "additional_values"), torch.randn(2, 2, 7, 4, 8)))
+    with pytest.raises(KernelRefusedError, match="lse_grad: does not differentiate through the LSE"):
+        attn_natten.na2d(query, key, value, 3, **more, backend="cutlass-fna")
+    with pytest.raises(KernelRefusedError, match="backward: has no backward, and a gradient is needed"):
+        attn_natten.na2d(query, key, value, 3, backend="flex-fna")
 
 
 # What is refused

@@ -24,8 +24,8 @@ BLACKWELL_FMHA = Cost(call=50e-6, pair_dim=8.5e-15, pair=0.25e-12, token_dim=1e-
 #: Outside a graph FlexAttention writes all scores, some ten times, and the mask of a neighborhood before.
 FLEX = Cost(call=800e-6, pair_dim=40e-15, pair=30e-12, token_dim=2e-12, added=50e-12)
 
-#: On the CPU it is the same function of torch as torch/flex; timed beside it on one thread, it is as fast without a mask,
-#: and takes about twice as long with one, which is made anew at every call.
+#: On the CPU it is the same function of torch as torch/flex. Timed beside it on one thread, it is as fast without a
+#: mask, and takes about twice as long with one, which is made anew at every call.
 FLEX_FMHA_ON_CPU = replace(TORCH_FLEX.costs["cpu"], source="as torch/flex, timed beside it")
 FLEX_FNA_ON_CPU = replace(
     FLEX_FMHA_ON_CPU, call=FLEX_FMHA_ON_CPU.call + 3.3e-3, added=2e-8, source="by torch/flex, timed beside it"
