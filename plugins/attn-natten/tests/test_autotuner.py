@@ -301,6 +301,7 @@ def test_in_a_compiled_graph_it_is_skipped_and_the_log_says_so(timed, caplog):
     torch.testing.assert_close(out, call(x))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_in_a_transform_of_torch_func_it_is_skipped_and_the_log_says_so(timed, caplog):
     use_autotuner(forward_pass=True)
     x = [tensor.expand(3, *tensor.shape) for tensor in operands(*EXTENTS)]

@@ -236,6 +236,56 @@ def test_tensors_without_data_are_counted_as_well():
     assert counter.get_total_flops() == 3.5 * 2 * 2 * 2 * 72 * 9 * 8
 
 
+def test_a_call_that_is_run_again_for_its_backward_is_counted_again():
+    from torch.utils.checkpoint import checkpoint
+
+    x = operands(8, 9, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        checkpoint(lambda *x: na2d(*x, kernel_size=3), *x, use_reentrant=False).sum().backward()
+    assert counter.get_total_flops() == (1 + 1 + 2.5) * 2 * 2 * 2 * 72 * 9 * 8
+
+
+def test_autocast_is_what_it_is_where_nobody_counts():
+    x = operands(8, 9, requires_grad=True)
+    more = [torch.randn(1, 4, 2, 8) for _ in range(2)]
+
+    def results():
+        with torch.autocast("cpu", torch.bfloat16):
+            out = na2d(*x, kernel_size=3)
+            with_more = na2d(*x, kernel_size=3, additional_keys=more[0], additional_values=more[1])
+        return out, with_more, *torch.autograd.grad(out.float().square().sum(), x)
+
+    want = results()
+    with FlopCounterMode(display=False):
+        got = results()
+    assert [one.dtype for one in got] == [torch.bfloat16] * 2 + [torch.float32] * 3
+    for one, other in zip(got, want):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_within_a_transform_of_torch_func_a_call_runs_and_says_that_it_is_not_counted(caplog):
+    x = [tensor.expand(3, *tensor.shape).clone() for tensor in operands(8, 9)]
+    gradients = torch.func.vmap(torch.func.grad(lambda *x: na2d(*x, kernel_size=3).square().sum()))
+    want = gradients(*x)
+    with FlopCounterMode(display=False):
+        got = gradients(*x)
+    torch.testing.assert_close(got, want)
+    assert "within torch.func transforms are not counted" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
+def test_a_trace_of_torch_jit_runs_for_other_sizes_and_gives_gradients(fused):
+    attn_natten.use_fused_na(fused, kv_parallel=False)
+    module = NeighborhoodAttention2D(16, 2, 3, rel_pos_bias=True)
+    traced = torch.jit.trace(module, torch.randn(1, 8, 9, 16))
+    x = torch.randn(2, 10, 7, 16, requires_grad=True)
+    torch.testing.assert_close(traced(x), module(x))
+    (got,), (want,) = (torch.autograd.grad(f(x).square().sum(), x) for f in (traced, module))
+    torch.testing.assert_close(got, want)
+
+
 def test_bad_calls_raise_the_same_while_they_are_counted():
     x = operands(8, 9)
     for arguments in ({"kernel_size": 11}, {"kernel_size": 3, "dilation": 5}, {"kernel_size": 3, "rpb": x[0]}):

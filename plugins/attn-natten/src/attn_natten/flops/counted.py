@@ -13,6 +13,7 @@ from math import prod
 from typing import Any
 
 import torch
+from attn_core.dispatch import as_under_autocast, autocast_of
 from torch import Tensor
 
 from ..arguments import check_additional, check_heads_last, neighborhood, window
@@ -54,7 +55,10 @@ def counted(
     """A fused call, as one op. Takes and raises what `fused.call.neighborhood_attention` does."""
     *sizes, causal = window(rank, kernel_size, stride=stride, dilation=dilation, is_causal=is_causal)
     parameters = [*map(list, sizes), list(map(int, causal))]  # a trace of torch.jit takes no list of bools
-    operands = query, key, value, rpb, additional_keys, additional_values
+    cast_to = autocast_of(query)
+    operands = [query, key, value, rpb, additional_keys, additional_values]
+    if cast_to is not None:  # inside of an op, autocast is off
+        operands = [x if x is None or x is rpb else as_under_autocast(x, cast_to) for x in operands]
     options = repr(None if attention_kwargs is None else dict(attention_kwargs))
     out, lse = torch.ops.attn_natten.fna(*operands, *parameters, scale, backend, options, return_lse)
     return (out, lse) if return_lse else out

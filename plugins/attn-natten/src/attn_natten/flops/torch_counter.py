@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 
+from ..log import logger
+
 _modes_of_dispatch = torch._C._len_torch_dispatch_stack
+_transform = torch._C._functorch.peek_interpreter_stack
 _state_of_jit_trace = torch._C._get_tracing_state
 
 
@@ -24,7 +27,12 @@ def is_counting() -> bool:
     """Whether the ops of this thread are counted, by a FlopCounterMode or in a trace of torch.jit, as fvcore does."""
     if _state_of_jit_trace() is not None:
         return True
-    return bool(_modes_of_dispatch()) and _told()
+    if not _modes_of_dispatch() or not _told():
+        return False
+    if _transform() is not None:
+        logger.warning("FLOPs of fused calls within torch.func transforms are not counted: no op of theirs has a rule")
+        return False
+    return True
 
 
 def _told() -> bool:
