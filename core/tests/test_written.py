@@ -118,3 +118,12 @@ def test_threads_get_the_same_numbers(monkeypatch):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_what_is_kept_is_not_given_to_tensors_without_data():
+    bias = Window(3, 2)
+    query, key, value = operands()
+    attention(query, key, value, bias, kernel="torch/math")
+    with FakeTensorMode():
+        query, key, value = (torch.empty(1, 9, 2, 8) for _ in range(3))
+        assert attention(query, key, value, bias, kernel="torch/math").shape == query.shape

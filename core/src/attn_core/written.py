@@ -16,6 +16,8 @@ from torch import Tensor
 from .bias import AttnBias
 from .tracing import is_traced
 
+_modes_of_dispatch = torch._C._len_torch_dispatch_stack
+
 #: Bytes that may be held for this.
 LIMIT = 64 << 20
 
@@ -25,8 +27,9 @@ _lock = threading.Lock()
 
 def written_out(bias: AttnBias, device: torch.device, dtype: torch.dtype) -> Tensor:
     """`bias.checked_dense(device, dtype)`, which nobody may write into."""
-    # In a graph it is a constant of the graph; what is made in inference mode cannot be saved for a backward.
-    if bias.holds_data or is_traced() or torch.is_inference_mode_enabled():
+    # In a graph it is a constant of the graph; what is made in inference mode cannot be saved for a backward; and in a
+    # mode of dispatch tensors may be stand-ins, which nothing kept goes with.
+    if bias.holds_data or is_traced() or torch.is_inference_mode_enabled() or _modes_of_dispatch():
         return bias.checked_dense(device, dtype)
     key = bias.key, device, dtype
     with _lock:
