@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 
 import attn_core
 import attn_natten
@@ -211,6 +212,41 @@ def test_key_heads_and_the_width_of_values_are_part_of_the_problem(timed):
     timed.clear()
     call((query, key[..., :2, :], value[..., :2, :]))
     assert timed
+
+
+def test_autocast_makes_another_problem(timed):
+    use_autotuner(forward_pass=True)
+    x = operands(*EXTENTS)
+    call(x)
+    timed.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = call(x)
+    assert timed
+    assert out.dtype is torch.bfloat16
+
+
+def test_inference_mode_is_tuned_and_training_after_it_works(timed):
+    use_autotuner(True, True)
+    x = operands(*EXTENTS, requires_grad=True)
+    with torch.inference_mode():
+        call([tensor.detach() for tensor in x])
+    assert {direction for _, direction in timed} == {"forward"}
+    timed.clear()
+    call(x).sum().backward()
+    assert {direction for _, direction in timed} == {"backward"}
+
+
+def test_threads_that_call_at_once_search_once(timed):
+    use_autotuner(forward_pass=True)
+    x = operands(*EXTENTS)
+    threads = [threading.Thread(target=call, args=(x,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    tried = [tiles for tiles, _ in timed]
+    assert tried
+    assert len(tried) == len(set(tried))
 
 
 def test_what_is_kept_is_bounded_and_the_least_used_goes_first():

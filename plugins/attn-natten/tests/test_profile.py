@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import attn_core
+import importlib_metadata
 import pytest
 import torch
+from attn_core.cli.group import load_command
 from attn_core.errors import InputError
 from attn_core.torch_kernels.tiling.chosen import Tiles, chosen
 from attn_natten import na2d
@@ -37,6 +41,13 @@ def case(**changes):
             | changes
         )
     )
+
+
+def test_it_is_a_command_of_attn():
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    (value,) = re.findall(r'^profile-na = "(.*)"$', text, re.MULTILINE)
+    entry_point = importlib_metadata.EntryPoint("profile-na", value, "attn.commands")
+    assert load_command("profile-na", [entry_point]) is profile_na
 
 
 # Running
