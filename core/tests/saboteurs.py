@@ -86,7 +86,7 @@ def attend(query, key, value, *, bias=None, scale, softcap=None, dropout_p=0.0, 
         weights = torch.dropout(weights, dropout_p, True)
     if wrong == "not deterministic" and torch.rand(()) < 0.9:
         weights = weights * (1 + torch.rand(()) * 1e-6)
-    if wrong == "gradient to value missing":
+    if wrong == "gradient to value missing" or (wrong == "gradient lost in graphs" and torch.compiler.is_compiling()):
         v = v.detach()
     out = (weights @ v).transpose(1, 2)
     out = out if wrong == "dtype quietly raised" else out.to(dtype)
@@ -255,6 +255,7 @@ SABOTEURS |= {
     ),
     "stream ignored": Saboteur(_wrong("stream ignored", devices={"cuda"}), "runs_in_the_current_stream", "cuda"),
     "graph broken": Saboteur(_wrong("graph broken", compile=True), "can_be_traced"),
+    "gradient lost in graphs": Saboteur(_wrong("gradient lost in graphs", compile=True), "can_be_traced"),
     "refuses what it claims": Saboteur(
         replace(GOOD, name="sabotage/refuses", refuse=_refuse_everything), "takes_what_it_claims"
     ),

@@ -2,8 +2,9 @@
 
     nox -s saboteurs [-- NAME...]
 
-Runs every check on every saboteur, not only the one that is meant for it: many are caught more than once. Those that
-take their process with them are checked in one of their own. One that needs a device that is not here is said to.
+Runs every check on every saboteur, not only the one that is meant for it: many are caught more than once. A check is
+run until its first problem that fails. Saboteurs that take their process with them are checked in one of their own; of
+one that needs a device that is not here, that is said.
 """
 
 from __future__ import annotations
@@ -11,11 +12,10 @@ from __future__ import annotations
 import sys
 import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from attn_core.conformance import check_kernel
+from attn_core.conformance import CHECKS, check_kernel
 from attn_core.conformance.isolated import check_isolated
 from saboteurs import DEADLY, SABOTEURS, Saboteur, deadly_plugin
 
@@ -58,13 +58,16 @@ def _end_of(name: str) -> str:
 
 
 def _line(name: str, saboteur: Saboteur, width: int, say: Callable[[str], None]) -> bool:
-    """Says who caught it, the check that is meant for it first, each with the number of its problems that failed."""
-    failed = Counter(result.check for result in check_kernel(saboteur.kernel, device=saboteur.device) if not result)
-    rest = sorted(check for check in failed if check != saboteur.caught_by)
-    found = [f"{check} {failed[check]}" for check in (saboteur.caught_by, *rest) if failed[check]]
-    caught = failed[saboteur.caught_by] > 0
-    say(f"{name:{width}}  {'' if caught else f'NOT by {saboteur.caught_by}; '}{', '.join(found)}".rstrip())
+    """Says who caught it, the check that is meant for it first."""
+    found = [check for check in CHECKS if _finds(check, saboteur)]
+    caught = saboteur.caught_by in found
+    others = [check for check in found if check != saboteur.caught_by]
+    say(f"{name:{width}}  {', '.join([saboteur.caught_by if caught else f'NOT by {saboteur.caught_by}', *others])}")
     return caught
+
+
+def _finds(check: str, saboteur: Saboteur) -> bool:
+    return not all(check_kernel(saboteur.kernel, device=saboteur.device, only=check, stop_at_failure=True))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+import time
 import warnings
 from dataclasses import fields, replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from attn_core.cli import main
 from attn_core.conformance import CHECKS, CheckResult, check_kernel
 from attn_core.conformance.cases import claimed_cases
 from attn_core.conformance.certificate import certificate, read, strangeness, write
-from attn_core.conformance.isolated import check_isolated
+from attn_core.conformance.isolated import check_isolated, waited_for_a_core
 from attn_core.conformance.parametrize import parametrize_kernel_checks
 from attn_core.testing import HELLO, fake_distribution, importable
 from click.testing import CliRunner
@@ -48,8 +50,10 @@ def of_the_good():
 def test_a_right_kernel_passes_every_check(of_the_good):
     assert all(of_the_good), told(of_the_good)
     passed = {result.check for result in of_the_good if result.status == "passed"}
-    undeclared = {"entries_do_not_depend_on_each_other", "can_be_traced"}
-    assert passed >= {saboteur.caught_by for saboteur in saboteurs.SABOTEURS.values()} - undeclared
+    elsewhere = {"entries_do_not_depend_on_each_other", "can_be_traced", "runs_in_the_current_stream"}
+    assert passed >= {saboteur.caught_by for saboteur in saboteurs.SABOTEURS.values()} - elsewhere, (
+        "else none is caught"
+    )
 
 
 def test_a_right_kernel_that_reads_pages_prefixes_and_blocks_passes_every_check():
@@ -134,6 +138,37 @@ def test_a_kernel_that_takes_its_process_with_it_costs_a_row(deadly, name, how, 
     assert results[0].case != results[1].case, "the next process goes on behind it"
     assert results[0].problem.startswith("batch 2, seqlen 33")
     assert "2 processes ended" in results[2].reason
+
+
+BUSY, ASLEEP = "print(flush=True)\nwhile True: pass", "print(flush=True)\nimport time; time.sleep(1000)"
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the system does not tell who waits for a core")
+def test_the_time_in_which_others_have_the_core_is_told_from_sleep():
+    programs = {"one": BUSY, "other": BUSY, "asleep": ASLEEP}
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})  # which processes inherit
+    try:
+        made = {
+            name: subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+            for name, program in programs.items()
+        }
+    finally:
+        os.sched_setaffinity(0, cores)
+    try:
+        for process in made.values():
+            process.stdout.read(1)  # it runs
+        before = {name: waited_for_a_core(process.pid) for name, process in made.items()}
+        time.sleep(2.0)
+        waited = {name: waited_for_a_core(process.pid) - before[name] for name, process in made.items()}
+    finally:
+        for process in made.values():
+            process.kill()
+            process.communicate()
+    assert waited["one"] > 0.3
+    assert waited["other"] > 0.3
+    assert waited["asleep"] < 0.3
+    assert waited_for_a_core(made["asleep"].pid) == 0.0, "it has ended"
 
 
 def test_in_a_process_of_its_own_the_results_are_the_same():

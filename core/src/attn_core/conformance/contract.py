@@ -167,7 +167,20 @@ def _keys_that_exist(inputs: Inputs) -> Tensor | None:
 
 
 def _with_empty_rows(subject: Subject) -> list[Case]:
-    return [case for case in subject.taken if case.label.startswith("bias ")]
+    """Two for each type of bias, declared kind and lengths."""
+    kinds: dict[object, list[Case]] = {}
+    for case in subject.taken:
+        bias = case.problem.bias
+        if bias is not None and case.label.startswith("bias ") and _may_mask_a_query(case):
+            alike = case.proves, type(bias), case.problem.seqlen_q, case.problem.seqlen_kv
+            kinds.setdefault(alike, []).append(case)
+    return [case for cases in kinds.values() for case in cases[:2]]
+
+
+def _may_mask_a_query(case: Case) -> bool:
+    """Whether some query may see no key. Of a mask that is given it is seen; what is drawn is drawn so."""
+    mask = None if case.bias is None else case.bias.mask
+    return mask is None or not bool(mask.materialize().any(-1).all())
 
 
 @check("contract", _with_empty_rows, ("biases", "return_lse"))
@@ -254,9 +267,24 @@ def is_differentiable_twice(subject: Subject, case: Case) -> None:
         _near(f"the second derivative to {name}", got, want)
 
 
-@check("contract", a_few, ("compile",))
+def _to_trace(subject: Subject) -> list[Case]:
+    """One without a bias, and of each declared kind of bias one that holds tensors and one that holds none.
+
+    Tracing takes a second or more; biases that reach a kernel by one declaration differ for the core, not for it.
+    """
+    plain = a_few(subject)[0]
+    with_lse = replace(plain, problem=replace(plain.problem, return_lse=True))
+    biased = [case for case in subject.taken if case.label.startswith("bias ")]
+    kinds: dict[object, Case] = {}
+    for case in sorted(biased, key=lambda case: not subject.takes(replace(case.problem, compiling=True))):
+        assert case.problem.bias is not None
+        kinds.setdefault((case.proves, bool(case.problem.bias.held())), case)
+    return [with_lse if subject.takes(with_lse.problem) else plain, *kinds.values()]
+
+
+@check("contract", _to_trace, ("compile",))
 def can_be_traced(subject: Subject, case: Case) -> None:
-    """torch.compile takes it whole, and the graph gives what the call gives."""
+    """torch.compile takes it whole, and the graph gives what the call gives, gradients too."""
     if not subject.declared.compile:
         raise NotTestable("it does not declare that it can be traced")
     problem = replace(case.problem, compiling=True)
@@ -266,12 +294,14 @@ def can_be_traced(subject: Subject, case: Case) -> None:
     inputs = case.inputs(SEED)
     torch._dynamo.reset()
 
-    def run(query: Tensor, key: Tensor, value: Tensor, bias: Any) -> Tensor:
-        return subject.out(replace(inputs, query=query, key=key, value=value, bias=bias))
+    def run(query: Tensor, key: Tensor, value: Tensor, bias: Any) -> Any:
+        return subject.run(replace(inputs, query=query, key=key, value=value, bias=bias))
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    operands = inputs.query, inputs.key, inputs.value, inputs.bias
-    _near("the graph's result", compiled(*operands), run(*operands).double())
+    wanted = results_of(subject.call, case.problem, inputs)
+    got = results_of(lambda x: compiled(x.query, x.key, x.value, x.bias), case.problem, inputs)
+    for name, want in wanted.items():
+        _near(f"{name} of the graph", got[name], want)
 
 
 def _near(name: str, got: Tensor, want: Tensor) -> None:
