@@ -85,6 +85,13 @@ def test_a_window_of_the_whole_grid_is_plain_attention(rank, tokens):
         torch.testing.assert_close(one, other)
 
 
+def test_a_window_of_the_whole_grid_and_additional_keys_are_one_attention():
+    more = operands(3)[1:]
+    with attn_core.record() as calls:
+        na2d(*operands(6, 5), (6, 5), additional_keys=more[0], additional_values=more[1])
+    assert sum(row.calls for row in calls) == 1
+
+
 def test_a_causal_window_of_the_whole_line_is_causal_attention():
     query, key, value = operands(12)
     want = scaled_dot_product_attention(*(heads_first(x, 1) for x in (query, key, value)), is_causal=True)

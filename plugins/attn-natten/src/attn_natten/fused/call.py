@@ -65,17 +65,19 @@ def neighborhood_attention(
     find = look_at if _is_tracing() else known  # a graph cannot look up shapes
     found = find(rank, query, key, value, kernel_size, stride, dilation, is_causal)
     bias = found.bias if rpb is None else with_rpb(found, query, rpb)
-    has_more = False
-    if additional_keys is not None or additional_values is not None:
-        has_more = check_additional(additional_keys, additional_values, key, value)
+    more: tuple[Any, Any] = additional_keys, additional_values
+    is_given = additional_keys is not None or additional_values is not None
+    has_more = is_given and check_additional(*more, key, value)
     if forward_ad._current_level >= 0:
-        refuse_tangents(query, key, value, rpb, additional_keys, additional_values)
+        refuse_tangents(query, key, value, rpb, *more)
     kernel = None if backend is None else kernel_of(backend, FNA)
     q, k, v = query, key, value
-    wants_lse = return_lse or has_more
     try:
         if rank > 1:
             q, k, v = q.flatten(1, rank), k.flatten(1, rank), v.flatten(1, rank)
+        if has_more and bias is None and kernel is None and not attention_kwargs:  # every query sees every key
+            k, v, has_more = torch.cat([k, more[0]], 1), torch.cat([v, more[1]], 1), False
+        wants_lse = return_lse or has_more
         if State.settings.on or flex.is_flex_attention_enabled():
             with switched(found, query, key, value, bias, kernel):
                 result = _attention(q, k, v, bias, scale=scale, return_lse=wants_lse, kernel=kernel)
@@ -88,10 +90,8 @@ def neighborhood_attention(
         return result if rank == 1 else result.view(found.out)
     out, lse = result
     if has_more:
-        assert additional_keys is not None  # has_more says so
-        assert additional_values is not None
-        more = to_additional(q, additional_keys, additional_values, scale, attention_kwargs)
-        out, lse = merge((out, more[0]), (lse, more[1]))
+        outs, lses = zip((out, lse), to_additional(q, *more, scale, attention_kwargs))
+        out, lse = merge(outs, lses)
     out = out.view(found.out)
     return (out, lse.transpose(1, 2).reshape(found.out[:-1])) if return_lse else out
 
