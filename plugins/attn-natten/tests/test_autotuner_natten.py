@@ -162,6 +162,19 @@ def test_within_a_configuration_natten_is_told_and_only_there(monkeypatch):
     assert third == chosen_options() == {}
 
 
+def test_what_an_inner_scope_leaves_open_stays_as_the_outer_one_says():
+    family = FAMILIES["natten/cutlass-fna"]
+    with family.within(NattenTiles(q_tile=(8, 8), kv_tile=(8, 8)), NattenTiles(kv_splits=(2, 2))):
+        with family.within(NattenTiles(q_tile=(4, 16), kv_tile=(8, 8)), None):
+            assert chosen_options() == {
+                "q_tile_shape": (4, 16),
+                "kv_tile_shape": (8, 8),
+                "backward_kv_splits": (2, 2),
+            }
+        assert chosen_options()["q_tile_shape"] == (8, 8)
+    assert chosen_options() == {}
+
+
 def test_a_configuration_is_written_and_read():
     family = FAMILIES["natten/cutlass-fna"]
     tiles = NattenTiles(q_tile=(8, 8), kv_tile=(8, 16), kv_splits=(2, 1), use_pt_reduction=True)

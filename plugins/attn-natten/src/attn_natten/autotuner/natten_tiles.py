@@ -77,7 +77,7 @@ def chosen_options() -> dict[str, Any]:
 
 @contextmanager
 def _choosing(said: dict[str, Any]) -> Iterator[None]:
-    token = _chosen.set(said)
+    token = _chosen.set({**(_chosen.get() or {}), **said})  # what is not said here stays as it is said around
     try:
         yield
     finally:
