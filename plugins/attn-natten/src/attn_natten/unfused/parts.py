@@ -43,47 +43,40 @@ class Part:
         self.rows, self.columns = prod(self.rows_by_axis), prod(self.columns_by_axis)
         self.blocks = (*(line.count for line in lines), *(run.count for run in runs))
         self.leading = 2 + len(self.blocks)
+        self._first_query = tuple(run.q0 for run in runs)
+        self._first_key = tuple(run.k0 for run in runs)
         self._strips = tuple(self._cut())
         self._steps = self._steps_in_block()
 
     def queries(self, grid: Tensor) -> Tensor:
         """`[batch, heads, *lines, *blocks, *rows, dim]`, a view of `[batch, heads, *spatial, dim]`."""
-        return self._view(grid, [run.q0 for run in self.runs], self.rows_by_axis)
+        return self._view(grid, self._first_query, self.rows_by_axis)
 
     def keys(self, grid: Tensor) -> Tensor:
         """`[batch, heads, *lines, *blocks, *columns, dim]`, an overlapping view: not to be written to."""
-        return self._view(grid, [run.k0 for run in self.runs], self.columns_by_axis)
+        return self._view(grid, self._first_key, self.columns_by_axis)
 
     def strips(self, grid: Tensor) -> list[tuple[Tensor, Any]]:
         """The columns in strips that overlap with none of another block: a view to write to, and the index of those
         columns in `[..., *columns, dim]`."""
-        found = []
-        for strip in self._strips:
-            first = [run.k0 + cut.start for run, cut in zip(self.runs, strip)]
-            view = self._view(grid, first, [cut.stop - cut.start for cut in strip])
-            found.append((view, (..., *strip, slice(None))))
-        return found
+        return [(self._view(grid, first, sizes), index) for first, sizes, index in self._strips]
 
-    def _cut(self) -> Iterator[tuple[slice, ...]]:
+    def _cut(self) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], Any]]:
+        """(first keys, numbers of columns, index of the columns) of each strip."""
         by_axis = []
         for run in self.runs:
             step = run.rows if run.count > 1 else run.columns  # blocks are `rows` apart
             starts = range(0, run.columns, step)
             by_axis.append([slice(start, min(start + step, run.columns)) for start in starts])
-        return itertools.product(*by_axis)
+        for strip in itertools.product(*by_axis):
+            first = tuple(run.k0 + cut.start for run, cut in zip(self.runs, strip))
+            yield first, tuple(cut.stop - cut.start for cut in strip), (..., *strip, slice(None))
 
-    def _view(self, grid: Tensor, first: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    def _view(self, grid: Tensor, first: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
         """`first`: where the points of the first block begin on their line, and `sizes`, how many they are."""
-        batch, heads, *steps, last = grid.stride()
-        offset = grid.storage_offset()
-        apart, along = [], []
-        for step, line, run, dilation, begin in zip(steps, self.lines, self.runs, self.dilation, first):
-            step_on_line = dilation * step
-            offset += line.first * step + begin * step_on_line
-            apart.append(run.rows * step_on_line)
-            along.append(step_on_line)
+        strides, offset = _places(self, first, grid.stride())
         shape = (*grid.shape[:2], *self.blocks, *sizes, grid.shape[-1])
-        return grid.as_strided(shape, (batch, heads, *steps, *apart, *along, last), offset)
+        return grid.as_strided(shape, strides, grid.storage_offset() + offset)
 
     def slots(self, pairs: Tensor, kernel: Sequence[int]) -> Tensor:
         """`[blocks, *rows, *kernel]`, a view of the contiguous `pairs`, `[blocks, rows, columns]`: those that windows
@@ -105,6 +98,19 @@ class Part:
         if not any(run.masked for run in self.runs):
             return None
         return _mask(tuple((run.rows, run.masked) for run in self.runs), kernel, device)
+
+
+@lru_cache(maxsize=4096)
+def _places(part: Part, first: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    """(strides, offset) of a view of a grid with these strides."""
+    batch, heads, *steps, last = strides
+    apart, along, offset = [], [], 0
+    for step, line, run, dilation, begin in zip(steps, part.lines, part.runs, part.dilation, first):
+        step_on_line = dilation * step
+        offset += line.first * step + begin * step_on_line
+        apart.append(run.rows * step_on_line)
+        along.append(step_on_line)
+    return (batch, heads, *steps, *apart, *along, last), offset
 
 
 @lru_cache(maxsize=256)

@@ -25,8 +25,8 @@ from .parts import Part, parts, pieces
 from .scratch import Scratch, wide
 from .shapes import apart
 
-#: Elements of the blocks that are made at a time: they should stay in a core's cache.
-BLOCKS = 1 << 18
+#: Elements of the blocks, with copies of their keys, that are made at a time: they should stay in a core's cache.
+BLOCKS = 1 << 19
 
 Piece = tuple[slice, ...]
 
@@ -59,7 +59,7 @@ def weights(query: Tensor, key: Tensor, window: Window, masked: float) -> Tensor
     for part in window.parts(query):
         queries, keys = part.queries(query), part.keys(key)
         slots = apart(part.queries(attn), -1, window.kernel)
-        for piece in pieces(queries.shape[: part.leading], _most(part)):
+        for piece in pieces(queries.shape[: part.leading], _most(part, query.shape[-1])):
             some = queries[piece]
             rows = scratch.matrices("rows", some, part.rows)
             columns = scratch.matrices("columns", keys[piece], part.columns)
@@ -109,7 +109,7 @@ def _read(attn: Tensor, window: Window, grid: Tensor, *readers: _Reader) -> None
         slots = apart(part.queries(attn), -1, window.kernel)
         mask = part.mask(window.kernel, attn.device)
         shape = slots.shape[: part.leading]
-        most = min(prod(shape), _most(part))
+        most = min(prod(shape), _most(part, grid.shape[-1]))
         blocks = scratch.take("pairs", most, part.rows, part.columns)
         blocks.zero_()  # where a query does not see a key, zeros stay from piece to piece
         for reader in readers:
@@ -165,6 +165,6 @@ def _product(a: Tensor, b: Tensor) -> tuple[int, int, int]:
     return a.shape[0], a.shape[1], b.shape[2]
 
 
-def _most(part: Part) -> int:
+def _most(part: Part, dim: int) -> int:
     """Blocks that are made at a time."""
-    return max(1, BLOCKS // (part.rows * part.columns))
+    return max(1, BLOCKS // (part.columns * (part.rows + dim)))
