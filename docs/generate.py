@@ -86,17 +86,18 @@ def _is_installed(distribution: str) -> bool:
 @contextmanager
 def alone_with(names: list[str]) -> Iterator[None]:
     """The built-in plugin, and those of these packages."""
-    points = (point for name in names for point in metadata.distribution(packages()[name]).entry_points)
-    before = os.environ.get("ATTN_PLUGINS")
-    os.environ["ATTN_PLUGINS"] = ",".join(point.name for point in points if point.group == "attn.plugins")
+    wanted = {point.name for name in names for point in metadata.distribution(packages()[name]).entry_points}
+    others = {point.name for point in metadata.entry_points(group="attn.plugins")} - wanted - {"torch"}
+    before = os.environ.get("ATTN_BLOCK")
+    os.environ["ATTN_BLOCK"] = ",".join(sorted(others))  # no list of those allowed: a document may bring a plugin
     attn_core.refresh()
     try:
         yield
     finally:
         if before is None:
-            del os.environ["ATTN_PLUGINS"]
+            del os.environ["ATTN_BLOCK"]
         else:
-            os.environ["ATTN_PLUGINS"] = before
+            os.environ["ATTN_BLOCK"] = before
         attn_core.refresh()
 
 
