@@ -3,15 +3,16 @@
 ViT-S (patches of 16, 197 tokens, 12 blocks of 6 heads, width 384) on one image, its forward without gradients and its
 training step, by torch's attention as it comes and by attn, told to run the same kernel. All ways take turns in one
 process on one core; each is compared with stock in its own round, and the median of those ratios counts. Stock takes
-part twice: what its copy differs by is noise.
+part twice: what its copy differs by is noise. Times are those of the processor: a neighbour on the core is not counted.
 
-    nox -s bench -- redirected [--rounds N] [--json FILE]
+    nox -s bench -- redirected [--only "forward"|"training step"] [--rounds N] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -127,7 +128,7 @@ def measured(kind: str, rounds: int) -> list[Finding]:
     contenders = [
         Contender(name=name, call=lambda: step(model, image), within=scope) for name, scope in ways(model).items()
     ]
-    taken = take_turns(contenders, rounds=rounds, calls=1)
+    taken = take_turns(contenders, rounds=rounds, calls=1, clock=time.process_time)
     milliseconds = statistics.median(taken[STOCK]) / 1e3
     found = [Finding(name=STOCK, value=milliseconds, unit="ms", note="by torch's attention")]
     for name, times in taken.items():
@@ -156,6 +157,7 @@ def check(model: nn.Module, image: Tensor) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, help=f"default: {ROUNDS}")
+    parser.add_argument("--only", choices=ROUNDS, help="one of the two steps")
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
     options = parser.parse_args()
     on_one_core()
@@ -163,6 +165,7 @@ def main() -> None:
     sections = {
         f"{kind} of ViT-S, batch 1, {rounds} rounds": measured(kind, rounds)
         for kind, rounds in ((kind, options.rounds or rounds) for kind, rounds in ROUNDS.items())
+        if options.only in (None, kind)
     }
     report(sections, options.json)
 
