@@ -178,6 +178,12 @@ def test_the_table_of_relative_positions_is_not_scaled_and_may_have_another_dtyp
     torch.testing.assert_close(got, torch.einsum("hij,bjhd->bihd", logits.softmax(-1), value))
 
 
+def test_the_table_of_relative_positions_is_cast_to_the_operands_dtype():
+    given = [x.to(torch.bfloat16) for x in operands(9)]
+    rpb = torch.randn(2, 5) * 8
+    assert torch.equal(na1d(*given, 3, rpb=rpb), na1d(*given, 3, rpb=rpb.to(torch.bfloat16)))
+
+
 def test_parameters_that_are_none_are_their_defaults():
     given = operands(6, 5)
     torch.testing.assert_close(
