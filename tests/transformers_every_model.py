@@ -117,6 +117,9 @@ ENCODER_DECODERS = {
     "Marian": BART,
     "M2M100": BART,
 }
+#: These leave out T5's scale of the logits. Drawn at random, theirs would be so large (14) that float32 rounds them by
+#: more than what is allowed here.
+UNSCALED = ("MT5", "UMT5")
 PADDINGS = {
     "none": slice(0, 0),
     "left": slice(0, 4),
@@ -143,7 +146,10 @@ def made(name, kind="ForCausalLM"):
     options = (CAUSAL_LMS | ENCODERS | ENCODER_DECODERS)[name]
     cls = getattr(tf, name + kind, None) or getattr(tf, f"{name}LMHeadModel", None) or getattr(tf, f"{name}MTModel")
     torch.manual_seed(SEED)
-    return cls._from_config(getattr(tf, f"{name}Config")(**options), attn_implementation="eager").eval()
+    model = cls._from_config(getattr(tf, f"{name}Config")(**options), attn_implementation="eager").eval()
+    if name in UNSCALED and kind == "ForConditionalGeneration":
+        model.lm_head.weight.data.mul_(model.config.d_model**-0.5)
+    return model
 
 
 def inputs(padding="none"):
