@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from attn_core.conformance import check_kernel
+from attn_core.conformance.checks import CHECKS
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest imports tests without their folder on it
 from natten_doubled import BY_NAME, doubled, registered
@@ -14,8 +15,9 @@ from natten_doubled import BY_NAME, doubled, registered
 
 @pytest.mark.parametrize("name", BY_NAME)
 def test_the_adapter_keeps_what_is_declared(tmp_path, name):
+    here = [check.name for check in CHECKS.values() if check.group != "manners"]  # those ask other processes
     with doubled(tmp_path), registered():
-        results = check_kernel(name)
+        results = [result for check in here for result in check_kernel(name, only=check)]
     failed = [str(result) for result in results if not result]
     assert not failed, "\n".join(failed)
     assert sum(result.status == "passed" for result in results) > 50
