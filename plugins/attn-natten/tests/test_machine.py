@@ -76,9 +76,7 @@ def kernel_of(name):
 
 
 @pytest.mark.usefixtures("without_cuda")
-@pytest.mark.parametrize(
-    "device", [(), (0,), (7,), ("cuda:0",), ("cpu",), ("nonsense",), (None,), ([],)], ids=repr
-)
+@pytest.mark.parametrize("device", [(), (0,), (7,), ("cuda:0",), ("cpu",), ("nonsense",), (None,), ([],)], ids=repr)
 @pytest.mark.parametrize("check", CHECKS)
 def test_without_cuda_every_check_is_false_for_any_device(check, device):
     assert getattr(attn_natten, check)(*device) is False
