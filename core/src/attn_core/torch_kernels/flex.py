@@ -15,10 +15,11 @@ from torch import Tensor
 from ..bias import AttnBias, BlockMask, Intersection, Mask, Score, ScoreMod, Segments, Sum, TensorBias
 from ..bias.zero_padded import ZeroPadded
 from ..capabilities import ANY_DIM, Backward, Capabilities, Refusal
-from ..cost import Cost
+from ..cost import Cost, Work
 from ..kernel import Kernel
 from ..problem import Problem
 from ..tracing import is_traced
+from . import by_rule
 from .flex_forms import block_mask_of, score_mod_of
 from .measured import MEASURED
 
@@ -68,6 +69,11 @@ def refuse(problem: Problem) -> Iterator[Refusal]:
     for part in (*bias.scores, *_parts(bias.mask)):
         if _read_by_lookup(part):  # torch 2.13's inductor: NoValidChoicesError, or an assertion
             yield Refusal("bias", f"on the CPU, takes masks that read a tensor outside of graphs only, got {part!r}")
+
+
+def work(problem: Problem) -> Work | None:
+    """On the CPU, the rules of scores are asked for every pair; on CUDA they are part of a fused kernel."""
+    return None if problem.is_cuda else by_rule.work(problem)
 
 
 def _parts(mask: Mask | None) -> tuple[Mask, ...]:
@@ -126,6 +132,7 @@ KERNEL = Kernel(
     ),
     layout="heads-first",
     refuse=refuse,
+    work=work,
     costs={
         "cpu": Cost(
             call=0.00467,
@@ -135,6 +142,7 @@ KERNEL = Kernel(
             token=9.04e-07,
             mask=9.82e-09,
             element=5.54e-08,
+            added=7e-09,
             threads=1,
             source=MEASURED,
         ),

@@ -14,6 +14,7 @@ from ..cost import Cost
 from ..kernel import Kernel
 from ..reference import reference_attention
 from ..tracing import constant
+from . import by_rule
 from .measured import MEASURED
 
 
@@ -82,6 +83,7 @@ KERNEL = Kernel(
             token_dim=4.02e-09,
             token=1.39e-07,
             element=2.67e-08,
+            added=1e-08,
             threads=1,
             with_backward=Cost(
                 call=0.000929,
@@ -89,6 +91,7 @@ KERNEL = Kernel(
                 pair=1.9e-08,
                 token_dim=9.58e-09,
                 token=7.4e-07,
+                added=3e-08,
                 backward=0.0,
                 threads=1,
             ),
@@ -97,4 +100,5 @@ KERNEL = Kernel(
         "cuda": Cost(call=400e-6, pair_dim=400e-15, pair=100e-12, token_dim=20e-12, mask=20e-12),
         "*": Cost(call=400e-6, pair_dim=150e-12, pair=30e-9, token_dim=5e-9, mask=6e-9),
     },
+    work=by_rule.work,
 )
