@@ -396,7 +396,7 @@ WRONG = {
     "a key too few": ([without("link")], "row 0: must have just kernel"),
     "a key too many": ([{**ROW, "note": "x"}], "row 0: must have just kernel"),
     "the second row": ([ROW, {**ROW, "what": ""}], "row 1: what must be text, got ''"),
-    "a link that is none": ([{**ROW, "link": "issue 7"}], "link must begin with https://, got 'issue 7'"),
+    "a link that is none": ([{**ROW, "link": "report 7"}], "link must begin with https://, got 'report 7'"),
     "a range the wrong way round": (
         [{**ROW, "compute_capability": [[9, 0], [8, 0]]}],
         "compute_capability must be null or",
