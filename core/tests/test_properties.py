@@ -29,6 +29,7 @@ ASKED = 20
 
 #: What a refusal of this field says was asked for.
 REASONS = {
+    "device": lambda p: True,  # a plugin's kernel, which is for another one
     "dtype": lambda p: p.dtype is torch.float64,
     "softcap": lambda p: p.softcap is not None,
     "dropout_p": lambda p: p.dropout_p > 0,

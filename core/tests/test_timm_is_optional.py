@@ -6,6 +6,7 @@ import sys
 import pytest
 from attn_core.integrations import timm as attn_timm
 from attn_core.integrations.missing import MissingPackageError
+from attn_core.testing import fake_distribution
 from torch import nn
 
 
@@ -30,6 +31,7 @@ def test_a_class_of_layers_says_what_to_install(no_timm):
 
 def test_a_torchvision_of_another_torch_is_named_as_such(no_timm, tmp_path):
     (tmp_path / "timm.py").write_text('raise RuntimeError("operator torchvision::nms does not exist")\n')
+    fake_distribution(tmp_path, "timm", "1.0.31", {}, {})
     no_timm.delitem(sys.modules, "timm")
     no_timm.syspath_prepend(tmp_path)
     with pytest.raises(MissingPackageError, match=r"torchvision::nms does not exist(.|\n)*pip install --upgrade torch"):

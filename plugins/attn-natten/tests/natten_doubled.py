@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import attn_core
 import importlib_metadata
 from attn_core import Capabilities, Kernel
 from attn_core.hookspecs import GROUP
@@ -63,6 +64,7 @@ def doubled(folder: Path, **written) -> Iterator[Path]:
                 del sys.modules[name]
             sys.modules.update(before)
             library.forget()
+            attn_core.refresh()  # what was found of the double is not so any more
 
 
 def is_natten(name: str) -> bool:
@@ -72,8 +74,7 @@ def is_natten(name: str) -> bool:
 @contextmanager
 def registered() -> Iterator[ModuleType]:
     """The double itself; within it every kernel is registered as `on_the_cpu` declares it."""
-    installed = registry.kernels("natten/*")
-    for kernel in installed:
+    for kernel in registry.kernels("natten/*"):
         registry.unregister(kernel)
     handles = [registry.register(on_the_cpu(kernel)) for kernel in BY_NAME.values()]
     try:
@@ -81,8 +82,7 @@ def registered() -> Iterator[ModuleType]:
     finally:
         for handle in handles:
             handle.unregister()
-        for kernel in installed:
-            registry.register(kernel)
+        attn_core.refresh()  # finds those that are installed
 
 
 def registry_of_the_plugin() -> Registry:
