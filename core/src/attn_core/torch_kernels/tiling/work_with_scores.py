@@ -16,6 +16,7 @@ from torch import Tensor
 from ...bias import Mask, RelPosTable, Score
 from ...cost import Work
 from ...problem import Problem
+from ..by_rule import AXIS
 from .cut import like_of, tiling
 from .runs import BACKWARD_BYTES, FORWARD_BYTES, Lanes, Operands, Run, cuts
 from .scores import Added, Gradients, Placed, Scores, is_line
@@ -33,8 +34,8 @@ COPIES = 4.0
 STRIPS = 30.0
 #: What the calls that make one block take, in parts.
 BLOCK = 5.0
-#: What a number takes that is copied from a line, and one of a table for each axis, as a multiple of one by a rule.
-LINE, AXIS = 0.1, 2.0
+#: What a number takes that is copied from a line, as a multiple of one by a rule.
+LINE = 0.1
 #: How many numbers one with a gradient counts for.
 WITH_GRADIENT = 2.0
 
