@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,13 @@ MUTANTS = {
 }
 
 
+def within(name: str, module: str, home: str) -> str:
+    """The full name of a module as imported by a file of package `home`: in package `name` if that is a copied one."""
+    module = resolve_name(module, home)
+    tiling = f"{torch_kernels.__name__}.tiling"
+    return name + module.removeprefix(tiling) if f"{module}.".startswith(f"{tiling}.") else module
+
+
 def mutant_of(folder: Path, name: str, file: str = "", old: str = "", new: str = "") -> Kernel:
     """torch/tiled from a copy of its files, with one line changed."""
     package = folder / name
@@ -46,9 +54,8 @@ def mutant_of(folder: Path, name: str, file: str = "", old: str = "", new: str =
         assert files[file].count(old) == 1, f"{file} has no such line, or several: {old}"
         files[file] = files[file].replace(old, new)
     for stem, text in files.items():
-        text = re.sub(r"from \.tiling\b ?", "from . ", text).replace("from . .", "from .")
-        text = text.replace("from .measured", "from attn_core.torch_kernels.measured")
-        text = re.sub(r"from \.\.\.?(?=\w)", "from attn_core.", text)
+        home = torch_kernels.__name__ if stem == "../tiled" else f"{torch_kernels.__name__}.tiling"
+        text = re.sub(r"from (\.[.\w]*)", lambda found: f"from {within(name, found[1], home)}", text)  # noqa: B023
         text = re.sub(
             r'"attn_core"|attn_core(?=::)', lambda m: m[0].replace("attn_core", name), text
         )  # the op's namespace
