@@ -4,6 +4,9 @@ Rounded where the kernels round: products are summed up in float32, the weights 
 rounded to the dtype of query before they are multiplied by value, key and query, and a gradient to a key that several
 query heads share is rounded per query head before it is summed up. So an error budget that holds here has been held
 with the errors that a GPU makes, too.
+
+And scaled when the kernels scale: after the mask and the largest score of a row. With a scale of 0 a masked score
+becomes NaN, with a negative one +inf, as there.
 """
 
 from __future__ import annotations
@@ -32,6 +35,11 @@ class Rules:
     dropout_p: float = 0.0
     empty_lse: float = math.inf
 
+    @property
+    def factor(self) -> float:
+        """What the masked scores are multiplied by; a softcap has scaled them before."""
+        return self.softcap if self.softcap > 0 else self.scale
+
 
 def forward(query: Tensor, key: Tensor, value: Tensor, rules: Rules, kept: Tensor | None = None) -> tuple[Tensor, ...]:
     """Output, LSE and weights before they are divided by their sum.
@@ -47,8 +55,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, rules: Rules, kept: Tenso
     """
     scores, _ = _scores(query, key, rules)
     no_key = scores.new_full((*scores.shape[:2], 1), -math.inf)
-    highest = _finite(torch.cat([scores, no_key], -1).amax(-1, keepdim=True))
-    weights = torch.exp(scores - highest)
+    highest = _finite(torch.cat([scores, no_key], -1).amax(-1, keepdim=True)) * rules.factor
+    weights = torch.exp(scores * rules.factor - highest)
     total = weights.sum(-1, keepdim=True)
     empty = (total == 0) | total.isnan()
     lse = torch.where(empty, rules.empty_lse, highest + total.log()).squeeze(-1)
@@ -72,7 +80,7 @@ def backward(
     """Gradients to query, key and value: the weights are made again, of the LSE that the forward pass returned."""
     dtype, keep = query.dtype, 1.0 - rules.dropout_p
     scores, slope = _scores(query, key, rules)
-    weights = torch.exp(scores - _finite(lse.unsqueeze(-1)))
+    weights = torch.exp(scores * rules.factor - _finite(lse.unsqueeze(-1)))
     grad_out = grad.float().transpose(0, 1)  # [num_heads, seqlen_q, head_dim_v]
     grad_weights = grad_out @ _of_each_head(value, query).mT
     used = weights if kept is None else weights.masked_fill(~kept, 0.0)
@@ -97,23 +105,23 @@ def backward(
 
 
 def _scores(query: Tensor, key: Tensor, rules: Rules) -> tuple[Tensor, Tensor | None]:
-    """What goes into the softmax, `[num_heads, seqlen_q, seqlen_k]`, and what a softcap multiplies its gradient by."""
-    products = rules.scale * (query.float().transpose(0, 1) @ _of_each_head(key, query).mT)
+    """Scores before `rules.factor`, `[num_heads, seqlen_q, seqlen_k]`, and what a softcap multiplies gradients by."""
+    scores = query.float().transpose(0, 1) @ _of_each_head(key, query).mT
     slope = None
     if rules.softcap > 0:
-        capped = torch.tanh(products / rules.softcap)
-        products, slope = rules.softcap * capped, 1 - capped * capped
-    seqlen_q, seqlen_k = products.shape[1:]
+        scores = torch.tanh(scores * (rules.scale / rules.softcap))
+        slope = 1 - scores * scores
+    seqlen_q, seqlen_k = scores.shape[1:]
     column = torch.arange(seqlen_k)
     diagonal = torch.arange(seqlen_k - seqlen_q, seqlen_k)[:, None]
     if rules.slopes is not None:
         distance = column if rules.slopes_by_key else -(diagonal - column).abs()
-        products = products + rules.slopes[:, None, None] * distance
+        scores = scores + rules.slopes[:, None, None] / rules.factor * distance
     if rules.left is not None:
-        products = products.masked_fill(column < diagonal - rules.left, -math.inf)
+        scores = scores.masked_fill(column < diagonal - rules.left, -math.inf)
     if rules.right is not None:
-        products = products.masked_fill(column > diagonal + rules.right, -math.inf)
-    return products, slope
+        scores = scores.masked_fill(column > diagonal + rules.right, -math.inf)
+    return scores, slope
 
 
 def _finite(x: Tensor) -> Tensor:
