@@ -69,12 +69,13 @@ def stand_ins(problem: Problem, form: forms.Form, device: torch.device) -> Sent:
     if form.tensor is None:
         attn_bias = on(device, form.made(torch.device("cpu")))
     else:
-        tensor = _tensor(problem, device, form.tensor.tensor)
+        tensor = _tensor(problem, form.tensor.tensor)
         attn_bias = tensor if form.kind == forms.TENSOR else beside_causal(tensor)
     return Sent(query, key, value, attn_bias)
 
 
-def _tensor(p: Problem, device: torch.device, given: Tensor) -> StandIn:
+def _tensor(p: Problem, given: Tensor) -> Tensor:
+    """Of exactly the class that operators list, which is compared; of its device they ask nothing."""
     shape = (p.batch, p.num_heads, p.seqlen_q, p.seqlen_kv)
     sizes = (1,) * (4 - given.ndim) + tuple(given.shape)
     row = -(-p.seqlen_kv // ALIGNED) * ALIGNED
@@ -84,7 +85,8 @@ def _tensor(p: Problem, device: torch.device, given: Tensor) -> StandIn:
         group = p.num_heads // p.num_kv_heads
         shape = (shape[0], p.num_kv_heads, group, *shape[2:])  # type: ignore[assignment]
         strides = (strides[0], strides[1] * group, *strides[1:])
-    return StandIn(shape, p.dtype, device, strides).requires_grad_(p.bias_requires_grad)  # type: ignore[return-value]
+    tensor = torch.empty_strided(shape, strides, dtype=p.dtype, device="meta")
+    return tensor.requires_grad_(p.bias_requires_grad)
 
 
 def on(device: torch.device, attn_bias: Any) -> Any:

@@ -18,7 +18,7 @@ from .forms import Form
 from .operators import Manners, Pair
 
 #: Float8 tensors come with scales of their own, which nothing here gives.
-DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 #: Sizes up to this are asked for one by one; what is regular so far goes on.
 LARGEST_ASKED = 512
 STEP = 8
@@ -72,7 +72,7 @@ def capabilities(
     forward, backward = pair.forward, pair.backward
     dtypes = frozenset(forward.SUPPORTED_DTYPES) & DTYPES
     if dtype not in dtypes:
-        dtype = next(each for each in (torch.float16, torch.float32, torch.bfloat16, torch.float64) if each in dtypes)
+        dtype = next(each for each in (torch.float16, torch.float32, torch.bfloat16) if each in dtypes)
     if device not in forward.SUPPORTED_DEVICES:
         device = min(forward.SUPPORTED_DEVICES)
     where = asked.device_of(device, capability)
