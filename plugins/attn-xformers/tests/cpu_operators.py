@@ -213,8 +213,10 @@ MANNERLY = Manners(never_reads_padding=True, rows_without_keys=True)
 
 
 def like_flash():
-    """Takes everything; its LSE of documents is packed, and +inf for rows without keys; gradients without GQA."""
-    return pair("everything", types=DENSE + DOCUMENTS + WITH_ROOM, manners=MANNERLY)
+    """Takes everything; its LSE of documents is packed, and +inf for rows without keys; no gradients with GQA, nor
+    where keys have room."""
+    types = DENSE + DOCUMENTS + WITH_ROOM
+    return pair("everything", types=types, backward_types=DENSE[:6] + DOCUMENTS, manners=MANNERLY)
 
 
 def like_cutlass():

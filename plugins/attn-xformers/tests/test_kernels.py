@@ -224,14 +224,14 @@ def test_the_scale_of_a_padded_head_is_that_of_the_head(pairs):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_batch_entries_of_a_padded_batch_lie_behind_each_other(pairs, name):
-    query, key, value = operands(2, 1, 6)
+    query, key, value = operands(2, 2, 6)
     with torch.no_grad():
         attention(query, key, value, Cached([3, 6], within=Window(2, 0, "bottom-right")), kernel=name)
     inp = pairs[name].forward.calls[-1]
     if name == "mine/padded":  # it takes no such window: written out
         assert isinstance(inp.attn_bias, torch.Tensor)
         return
-    assert inp.query.shape[:2] == (1, 2)
+    assert inp.query.shape[:2] == (1, 4)
     assert type(inp.attn_bias).__name__ == "BlockDiagonalCausalLocalAttentionPaddedKeysMask"
     assert inp.attn_bias.k_seqinfo.seqlen.tolist() == [3, 6]
 
