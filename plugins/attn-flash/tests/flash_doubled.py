@@ -6,6 +6,7 @@ them. They run on the CPU, so the kernels are declared there as they are declare
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -34,15 +35,16 @@ ROOTS = ("flash_attn", "flash_attn_2_cuda", "flash_attn_interface", "flash_attn_
 
 @contextmanager
 def doubled(folder: Path, *names: str, versions: dict[str, str | None] | None = None) -> Iterator[None]:
-    """Within it, these libraries are installed: their doubles, and distributions in `folder`; no others of the three.
+    """Within it, these libraries are installed, in `folder`: their doubles, and distributions; no others of the three.
 
     `versions`: of the distributions; None: without one.
     """
     for name in names:
+        shutil.copytree(DOUBLE / name, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
         version = {**VERSIONS, **(versions or {})}[name]
         if version is not None:
             fake_distribution(folder, LIBRARIES[name].distribution, version, {}, {}, ())
-    with installed_from(folder, DOUBLE, *(DOUBLE / name for name in names)):
+    with installed_from(folder, DOUBLE):
         yield
 
 
@@ -58,20 +60,20 @@ def installed_from(*folders: Path) -> Iterator[None]:
             raise PackageNotFoundError(distribution)
         return found.version
 
-    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(library, "find_spec", lambda name: PathFinder.find_spec(name, places))
-        patch.setattr(library, "version_of", version_of)
-        for folder in folders:
-            stack.enter_context(importable(folder))
-        library.forget()
-        try:
-            yield
-        finally:
-            for name in [name for name in sys.modules if is_of_flash(name)]:
-                del sys.modules[name]
-            sys.modules.update(before)
+    try:
+        with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(library, "find_spec", lambda name: PathFinder.find_spec(name, places))
+            patch.setattr(library, "version_of", version_of)
+            for folder in folders:
+                stack.enter_context(importable(folder))
             library.forget()
-            attn_core.refresh()  # what was found of the double is not so any more
+            yield
+    finally:
+        for name in [name for name in sys.modules if is_of_flash(name)]:
+            del sys.modules[name]
+        sys.modules.update(before)
+        library.forget()
+        attn_core.refresh()  # what was found of the double is not so any more
 
 
 def is_of_flash(name: str) -> bool:

@@ -137,5 +137,5 @@ def _of_each_head(key_or_value: Tensor, query: Tensor) -> Tensor:
 
 def _summed_up(grad: Tensor, key_or_value: Tensor) -> Tensor:
     """The gradient of each query head, `[num_heads, seqlen_k, dim]`, to that of the heads of key or value."""
-    seqlen_k, heads, dim = key_or_value.shape
-    return grad.transpose(0, 1).reshape(seqlen_k, heads, -1, dim).sum(2, dtype=torch.float32).to(grad.dtype)
+    shared = grad.shape[0] // key_or_value.shape[1]
+    return grad.transpose(0, 1).unflatten(1, (-1, shared)).sum(2, dtype=torch.float32).to(grad.dtype)
