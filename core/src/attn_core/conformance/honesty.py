@@ -160,10 +160,10 @@ def a_call_that_it_refuses_raises(subject: Subject, case: Case) -> None:
 
 def _adaptable(subject: Subject, problem: Problem) -> bool:
     from ..registry import registry
-    from ..scope import Settings
+    from ..scope import current
     from ..select import consider
 
-    return consider(registry, subject.kernel, problem, Settings()).takes
+    return consider(registry, subject.kernel, problem, current.get().settings).takes
 
 
 @check("honesty", once)
