@@ -46,7 +46,7 @@ def sent(query: Tensor, key: Tensor, value: Tensor, form: forms.Form) -> Sent:
     attn_bias = form.made(query.device) if form.tensor is None else with_tensor(form, query, key, heads // kv_heads)
     query, key, value = (aligned(tensor) for tensor in (query, key, value))
     if form.packed:
-        query, key, value = (tensor.flatten(0, 1)[None] for tensor in (query, key, value))
+        query, key, value = (tensor.flatten(0, 1).unsqueeze(0) for tensor in (query, key, value))
     if kv_heads != heads:
         query = query.unflatten(2, (kv_heads, heads // kv_heads))
         key, value = (
@@ -76,7 +76,7 @@ def expanded(bias: TensorBias, dtype: torch.dtype, shape: tuple[int, int, int, i
     if tensor.shape[3] != seqlen_kv:
         tensor = tensor.expand(*tensor.shape[:3], seqlen_kv)
     rest = -seqlen_kv % ALIGNED
-    tensor = pad(tensor, (0, rest))[..., :seqlen_kv] if rest else tensor.contiguous()
+    tensor = pad(tensor, (0, rest)).narrow(3, 0, seqlen_kv) if rest else tensor.contiguous()
     return tensor.expand(shape)
 
 

@@ -31,6 +31,7 @@ WORDS = (
     ("operator wasn't built", "device", "device"),
     ("triton is not available", "device", "device"),
     ("requires device with capability", "compute_capability", "backward.min_compute_capability"),
+    ("requires GPU with", "compute_capability", "backward.min_compute_capability"),
     ("requires NVidia GPU", "compute_capability", "backward.min_compute_capability"),
     ("Only support Mq", "seqlen_q", "seqlen_q"),
     ("attn_bias", "bias", "backward.biases"),
