@@ -118,7 +118,7 @@ def registered(kernel: Kernel) -> Iterator[Kernel]:
         yield kernel
 
 
-def allowed(kernel: Kernel) -> AbstractContextManager[None]:
+def allowed(kernel: Kernel) -> AbstractContextManager[Any]:
     """Within it, the kernel may run where it is approximate, too: it is held to its class."""
     approximate = any(each.numerics == "approximate" for each in kernel.declarations)
     return allow("approximate") if approximate else nullcontext()
