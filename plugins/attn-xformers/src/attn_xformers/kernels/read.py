@@ -32,7 +32,7 @@ SAYS: dict[str, frozenset[BiasKind]] = {
     "LowerTriangularMaskWithTensorBias": frozenset({Sum}),
     "LowerTriangularFromBottomRightMask": frozenset({BOTTOM_RIGHT}),
     "LowerTriangularFromBottomRightLocalAttentionMask": frozenset({Window}),
-    "LocalAttentionFromBottomRightMask": frozenset({Window}),
+    "LocalAttentionFromBottomRightMask": frozenset({Window, TOP_LEFT, BOTTOM_RIGHT}),
     "BlockDiagonalMask": frozenset({Segments}),
     "BlockDiagonalCausalMask": frozenset({Segments, TOP_LEFT}),
     "BlockDiagonalCausalFromBottomRightMask": frozenset({Segments, BOTTOM_RIGHT}),
@@ -42,7 +42,7 @@ SAYS: dict[str, frozenset[BiasKind]] = {
     "BlockDiagonalCausalWithOffsetGappyKeysMask": frozenset({Segments}),
     "BlockDiagonalPaddedKeysMask": frozenset({KeyPadding}),
     "BlockDiagonalCausalWithOffsetPaddedKeysMask": frozenset({Cached, BOTTOM_RIGHT}),
-    "BlockDiagonalLocalAttentionPaddedKeysMask": frozenset({Cached, Window}),
+    "BlockDiagonalLocalAttentionPaddedKeysMask": frozenset({Cached, Window, TOP_LEFT, BOTTOM_RIGHT}),
     "BlockDiagonalCausalLocalAttentionPaddedKeysMask": frozenset({Cached, Window}),
 }
 #: Of an operator that masks padding only: these wait until it was zeroed.
