@@ -21,9 +21,10 @@ from attn_core import (
     reference_attention,
 )
 from attn_core.conformance import check_kernel
+from attn_flash import library
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest imports tests without their folder on it
-from flash_doubled import LIBRARIES, doubled, registered
+from flash_doubled import BY_NAME, LIBRARIES, doubled, registered
 from problems import ALIBI, ALL, CORNER, FORWARD, GAPS, GRADIENTS_CLOSE, HALF_CLOSE, OTHER_DIMS, Asked, a_table
 
 TRAINED = [("fa2", label, asked) for label, asked in (ALL | ALIBI).items()]
@@ -38,28 +39,17 @@ def params(cases):
     )
 
 
-@pytest.fixture
-def flash(request, tmp_path):
-    """The double of the library of the test's kernel, with that kernel declared for the CPU."""
-    name = request.getfixturevalue("name")
-    with doubled(tmp_path, name), registered(name):
-        yield
-
-
-@pytest.fixture
-def fa2(tmp_path):
-    """The module of the double of FlashAttention-2, with its kernel declared for the CPU."""
-    with doubled(tmp_path, "fa2"), registered("fa2"):
-        from attn_flash import library
-
-        yield library.module(library.FA2)
+@pytest.fixture(scope="module", autouse=True)
+def libraries(tmp_path_factory):
+    """The doubles of all three libraries, with their kernels declared for the CPU."""
+    with doubled(tmp_path_factory.mktemp("libraries"), *BY_NAME), registered(*BY_NAME):
+        yield {name: library.module(each) for name, each in LIBRARIES.items()}
 
 
 # What comes out
 
 
 @params(TRAINED)
-@pytest.mark.usefixtures("flash")
 def test_output_and_gradients_are_those_of_the_reference(name, asked):
     operands = asked.operands()
     out = asked.by(f"flash/{name}", operands)
@@ -74,7 +64,6 @@ def test_output_and_gradients_are_those_of_the_reference(name, asked):
 
 
 @params(TRAINED + IN_FORWARD)
-@pytest.mark.usefixtures("flash")
 def test_the_lse_is_that_of_the_reference_heads_first_in_float32(name, asked):
     operands = [operand.detach() for operand in asked.operands()]
     out, lse = asked.by(f"flash/{name}", operands, return_lse=True)
@@ -85,7 +74,6 @@ def test_the_lse_is_that_of_the_reference_heads_first_in_float32(name, asked):
 
 
 @pytest.mark.parametrize("name", ["fa2", "fa3", "fa4"])
-@pytest.mark.usefixtures("flash")
 def test_queries_without_keys_have_output_0_and_lse_minus_infinity_in_every_form(name):
     forms = {
         "dense": Asked(Causal(CORNER), seqlen_q=5, seqlen_kv=2),
@@ -103,7 +91,6 @@ def test_queries_without_keys_have_output_0_and_lse_minus_infinity_in_every_form
 
 
 @pytest.mark.parametrize("name", ["fa2", "fa3", "fa4"])
-@pytest.mark.usefixtures("flash")
 def test_parts_of_the_keys_merge_to_all_of_them_with_empty_parts_too(name):
     query, key, value = (operand.detach() for operand in Asked(seqlen_kv=12).operands())
     parts = [
@@ -118,24 +105,24 @@ def test_parts_of_the_keys_merge_to_all_of_them_with_empty_parts_too(name):
     torch.testing.assert_close(lse.double(), expected_lse, **HALF_CLOSE)
 
 
-def test_only_flash_attention_4_differentiates_through_its_lse(tmp_path):
+def test_only_flash_attention_4_differentiates_through_its_lse():
     asked = Asked(Causal())
-    with doubled(tmp_path, "fa2", "fa3", "fa4"), registered("fa2", "fa3", "fa4"):
-        operands = asked.operands()
-        verdicts = {v.kernel: v for v in explain(*operands, asked.bias, return_lse=True).verdicts}
-        assert verdicts["flash/fa2"].refused_fields == verdicts["flash/fa3"].refused_fields == ("lse_grad",)
-        lse = asked.by("flash/fa4", operands, return_lse=True)[1]
-        ours = torch.autograd.grad(lse.sum(), operands[:2])
-        theirs = torch.autograd.grad(asked.right(operands)[1].sum(), operands[:2])
-        for mine, right in zip(ours, theirs):
-            torch.testing.assert_close(mine, right, **GRADIENTS_CLOSE)
+    operands = asked.operands()
+    verdicts = {v.kernel: v for v in explain(*operands, asked.bias, return_lse=True).verdicts}
+    assert verdicts["flash/fa2"].refused_fields == verdicts["flash/fa3"].refused_fields == ("lse_grad",)
+    lse = asked.by("flash/fa4", operands, return_lse=True)[1]
+    ours = torch.autograd.grad(lse.sum(), operands[:2])
+    theirs = torch.autograd.grad(asked.right(operands)[1].sum(), operands[:2])
+    for mine, right in zip(ours, theirs):
+        torch.testing.assert_close(mine, right, **GRADIENTS_CLOSE)
 
 
 # What the libraries are told
 
 
-def told(module, function, monkeypatch):
-    """The keyword arguments of the calls of one of its functions, which runs as ever."""
+def told(name, function, monkeypatch):
+    """The keyword arguments of the calls of a function of that library, which runs as ever."""
+    module = library.module(LIBRARIES[name])
     calls, runs = [], getattr(module, function)
 
     def spying(*args, **options):
@@ -146,8 +133,8 @@ def told(module, function, monkeypatch):
     return calls
 
 
-def test_a_causal_mask_has_its_flag_and_a_window_has_none(fa2, monkeypatch):
-    calls = told(fa2, "flash_attn_func", monkeypatch)
+def test_a_causal_mask_has_its_flag_and_a_window_has_none(monkeypatch):
+    calls = told("fa2", "flash_attn_func", monkeypatch)
     for bias in (Causal(), Window(3, 0), Window(None, 2), Window(2, None), None):
         asked = Asked(bias)
         asked.by("flash/fa2", asked.operands())
@@ -160,14 +147,11 @@ def test_a_causal_mask_has_its_flag_and_a_window_has_none(fa2, monkeypatch):
     ]
 
 
-def test_flash_attention_4_is_told_none_where_the_others_are_told_minus_1(tmp_path, monkeypatch):
-    with doubled(tmp_path, "fa4"), registered("fa4"):
-        from attn_flash import library
-
-        calls = told(library.module(library.FA4), "flash_attn_func", monkeypatch)
-        for bias in (Causal(), Window(3, 0), Window(None, 2), Window(2, None), None):
-            asked = Asked(bias)
-            asked.by("flash/fa4", asked.operands())
+def test_flash_attention_4_is_told_none_where_the_others_are_told_minus_1(monkeypatch):
+    calls = told("fa4", "flash_attn_func", monkeypatch)
+    for bias in (Causal(), Window(3, 0), Window(None, 2), Window(2, None), None):
+        asked = Asked(bias)
+        asked.by("flash/fa4", asked.operands())
     assert [(call["causal"], call["window_size"]) for call in calls] == [
         (True, (None, None)),
         (False, (3, 0)),
@@ -177,8 +161,8 @@ def test_flash_attention_4_is_told_none_where_the_others_are_told_minus_1(tmp_pa
     ]
 
 
-def test_beside_alibi_a_causal_mask_is_told_as_a_window_where_the_lse_is_asked_for(fa2, monkeypatch):
-    calls = told(fa2, "flash_attn_func", monkeypatch)
+def test_beside_alibi_a_causal_mask_is_told_as_a_window_where_the_lse_is_asked_for(monkeypatch):
+    calls = told("fa2", "flash_attn_func", monkeypatch)
     asked = Asked(Causal() + ALiBi(4))
     operands = [operand.detach() for operand in asked.operands()]
     asked.by("flash/fa2", operands)
@@ -186,8 +170,8 @@ def test_beside_alibi_a_causal_mask_is_told_as_a_window_where_the_lse_is_asked_f
     assert [(call["causal"], call["window_size"]) for call in calls] == [(True, (-1, -1)), (False, (8, 0))]
 
 
-def test_slopes_are_float32_and_each_document_has_those_of_its_batch_entry(fa2, monkeypatch):
-    calls = told(fa2, "flash_attn_varlen_func", monkeypatch)
+def test_slopes_are_float32_and_each_document_has_those_of_its_batch_entry(monkeypatch):
+    calls = told("fa2", "flash_attn_varlen_func", monkeypatch)
     slopes = torch.tensor([[0.5, 0.25, 0.125, 0.0625], [1.0, 0.5, 0.25, 0.125]], dtype=torch.float64)
     asked = Asked(Segments([4, 2, 3], within=Causal()) + ALiBi(4, slopes))
     asked.by("flash/fa2", asked.operands())
@@ -197,16 +181,16 @@ def test_slopes_are_float32_and_each_document_has_those_of_its_batch_entry(fa2, 
     assert call["cu_seqlens_q"].tolist() == [0, 4, 6, 9, 13, 15, 18]
 
 
-def test_where_a_document_has_no_query_the_longest_is_not_said_to_have_one(fa2, monkeypatch):
-    calls = told(fa2, "flash_attn_varlen_func", monkeypatch)
+def test_where_a_document_has_no_query_the_longest_is_not_said_to_have_one(monkeypatch):
+    calls = told("fa2", "flash_attn_varlen_func", monkeypatch)
     asked = ALL["documents without queries"]
     asked.by("flash/fa2", asked.operands())
     assert calls[0]["max_seqlen_q"] == 2
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["as it comes", "deterministic"])
-def test_the_backward_is_told_of_torchs_deterministic_mode(fa2, monkeypatch, deterministic):
-    calls = told(fa2, "flash_attn_func", monkeypatch)
+def test_the_backward_is_told_of_torchs_deterministic_mode(monkeypatch, deterministic):
+    calls = told("fa2", "flash_attn_func", monkeypatch)
     asked = Asked(Causal())
     torch.use_deterministic_algorithms(deterministic)
     try:
@@ -216,8 +200,8 @@ def test_the_backward_is_told_of_torchs_deterministic_mode(fa2, monkeypatch, det
     assert calls[0]["deterministic"] is deterministic
 
 
-def test_a_table_of_pages_and_lengths_come_as_int32_within_the_pool(fa2, monkeypatch):
-    calls = told(fa2, "flash_attn_with_kvcache", monkeypatch)
+def test_a_table_of_pages_and_lengths_come_as_int32_within_the_pool(monkeypatch):
+    calls = told("fa2", "flash_attn_with_kvcache", monkeypatch)
     table = a_table(2, 2)
     table[1, 1] = -1  # behind the end of the sequence: anything
     asked = Asked(Paged(table, torch.tensor([300, 17]), 256), seqlen_q=1, seqlen_kv=512)
@@ -230,7 +214,7 @@ def test_a_table_of_pages_and_lengths_come_as_int32_within_the_pool(fa2, monkeyp
     torch.testing.assert_close(out.double(), asked.right(operands)[0], **HALF_CLOSE)
 
 
-def test_dropout_leaves_the_mean_and_is_the_same_in_the_backward(fa2):
+def test_dropout_leaves_the_mean_and_is_the_same_in_the_backward():
     asked = Asked(seqlen_q=4, seqlen_kv=64, heads=(8, 8), batch=4, options={"dropout_p": 0.25})
     torch.manual_seed(0)
     query, key, value = asked.operands()
@@ -242,53 +226,6 @@ def test_dropout_leaves_the_mean_and_is_the_same_in_the_backward(fa2):
     torch.testing.assert_close(grad.double().sum(), out.double().sum(), atol=0.5, rtol=1e-2)
 
 
-# Releases that differ
-
-
-@pytest.mark.parametrize("always_a_tuple", [False, True], ids=["the output alone", "always a tuple"])
-def test_betas_of_flash_attention_3_return_what_they_return(tmp_path, monkeypatch, always_a_tuple):
-    """Before `return_attn_probs` its functions gave the output and the LSE, then the output alone."""
-    with doubled(tmp_path, "fa3"):
-        from attn_flash import library
-
-        module = library.module(library.FA3)
-        runs = {name: getattr(module, name) for name in ("flash_attn_func", "flash_attn_varlen_func")}
-
-        def flash_attn_func(q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
-                            deterministic=False):  # fmt: skip
-            out, lse = runs["flash_attn_func"](
-                q, k, v, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
-                deterministic=deterministic, return_attn_probs=True,
-            )  # fmt: skip
-            return (out, lse) if always_a_tuple else out
-
-        def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None,
-                                   seqused_k=None, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
-                                   deterministic=False):  # fmt: skip
-            out, lse = runs["flash_attn_varlen_func"](
-                q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=seqused_q,
-                seqused_k=seqused_k, softmax_scale=softmax_scale, causal=causal, window_size=window_size,
-                softcap=softcap, deterministic=deterministic, return_attn_probs=True,
-            )  # fmt: skip
-            return (out, lse) if always_a_tuple else out
-
-        monkeypatch.setattr(module, "flash_attn_func", flash_attn_func)
-        monkeypatch.setattr(module, "flash_attn_varlen_func", flash_attn_varlen_func)
-        with registered("fa3"):
-            for label in ("causal", "documents, causal"):
-                operands = ALL[label].operands()
-                out = ALL[label].by("flash/fa3", operands)
-                torch.testing.assert_close(out.double(), ALL[label].right(operands)[0], **HALF_CLOSE)
-            plain = [operand.detach() for operand in operands]
-            verdict = next(v for v in explain(*plain, return_lse=True).verdicts if v.kernel == "flash/fa3")
-            assert verdict.refused_fields == ("return_lse",)
-            assert "have no return_attn_probs" in verdict.reasons[0]
-            cached = FORWARD["cache"]
-            plain = [operand.detach() for operand in cached.operands()]
-            _, lse = cached.by("flash/fa3", plain, return_lse=True)  # there it was always told
-            torch.testing.assert_close(lse.double(), cached.right(plain)[1], **HALF_CLOSE)
-
-
 # The kit
 
 
@@ -297,17 +234,8 @@ QUICK = ("takes_what_it_claims", "refuses_what_it_does_not_claim", "its_reasons_
 
 @pytest.mark.parametrize("name", ["fa2", "fa3", "fa4"])
 @pytest.mark.parametrize("check", QUICK)
-@pytest.mark.usefixtures("flash")
 def test_checks_of_the_kit_pass(name, check):
     results = check_kernel(f"flash/{name}", only=check)
     assert results
     failed = [str(result) for result in results if not result]
     assert not failed, "\n".join(failed)
-
-
-@pytest.mark.parametrize("name", sorted(LIBRARIES))
-def test_no_kernel_takes_what_lies_on_the_cpu(tmp_path, name):
-    with doubled(tmp_path, name), registered():
-        query = torch.randn(1, 4, 2, 16, dtype=torch.float16)
-        verdict = next(v for v in explain(query, query, query).verdicts if v.kernel == f"flash/{name}")
-        assert verdict.refused_fields == ("device",)

@@ -74,11 +74,7 @@ def test_a_library_that_is_whole_is_ready_and_the_others_stay_absent(tmp_path, n
 
 
 def test_all_three_can_be_there_at_once(tmp_path):
-    shutil.copytree(DOUBLE / "fa2" / "flash_attn", tmp_path / "flash_attn")
-    shutil.copytree(DOUBLE / "fa4" / "flash_attn" / "cute", tmp_path / "flash_attn" / "cute")
-    fake_distribution(tmp_path, "flash-attn", VERSIONS["fa2"], {}, {}, ())
-    fake_distribution(tmp_path, "flash-attn-4", VERSIONS["fa4"], {}, {}, ())
-    with doubled(tmp_path, "fa3"):
+    with doubled(tmp_path, *FILES):
         assert {condition.state for condition in conditions().values()} == {"ready"}
 
 

@@ -2,7 +2,7 @@
 
 Shah and others 2024, arXiv:2407.08608. It has no dropout and no ALiBi. That its backward is bit-equal with
 `deterministic=True` has been contested (https://github.com/Dao-AILab/flash-attention/issues/2244), so that is not
-declared. fp8, which is no dtype of attention here, is left to itself.
+declared. Neither is its head_dim_v of up to 512, which has no backward, and fp8, which is no dtype of attention here.
 """
 
 from __future__ import annotations
@@ -47,8 +47,6 @@ def refuse(problem: Problem) -> Iterator[Refusal]:
     if dim != dim_v and not (dim <= 64 or (128 < dim <= 192 and 96 < dim_v <= 128)):
         text = "takes another head_dim_v with head_dim up to 64, or from 136 to 192 with head_dim_v from 104 to 128"
         yield Refusal("head_dim_v", f"{text}, got {dim} with {dim_v}")
-    elif problem.needs_backward and max(dim, dim_v) > 256:
-        yield Refusal("backward.head_dims", f"takes head_dim_v up to 256 in the backward, got {dim_v}")
     if problem.return_lse and not has_cache(problem) and not library.takes(library.FA3, FUNCTION, "return_attn_probs"):
         text = "returns no LSE for dense and packed sequences: its functions have no return_attn_probs"
         yield Refusal("return_lse", f"this release {text}")
@@ -70,7 +68,7 @@ KERNEL = Kernel(
         devices={"cuda"},
         dtypes=HALF,
         head_dims=range(8, 257, 8),
-        head_dims_v=range(8, 513, 8),
+        head_dims_v=range(8, 257, 8),
         biases=BIASES,
         backward=Backward(biases=IN_BACKWARD),
         gqa=True,

@@ -33,7 +33,8 @@ def asked(bias: AttnBias | None) -> Asked:
     """What is asked of it, for a bias that is declared."""
     if bias is None:
         return Asked()
-    mask, within = bias.mask, inner(bias.mask)
+    mask = mask_of(bias)
+    within = inner(mask)
     left, right = (within.left, within.right) if isinstance(within, Window) else (None, None)
     return Asked(
         left,
@@ -42,6 +43,14 @@ def asked(bias: AttnBias | None) -> Asked:
         mask if isinstance(mask, (Cached, KeyPadding, Paged)) else None,
         next((part for part in bias.scores if isinstance(part, ALiBi)), None),
     )
+
+
+def mask_of(bias: AttnBias | None) -> Mask | None:
+    """The part of it that is a mask; what lies within documents from the bottom right, where it can be said so."""
+    mask = None if bias is None else bias.mask
+    if isinstance(mask, Segments):
+        return mask.from_bottom_right() or mask
+    return mask
 
 
 def inner(mask: Mask | None) -> Mask | None:
@@ -55,7 +64,7 @@ def refusals(problem: Problem) -> Iterator[Refusal]:
     """Of every generation."""
     if problem.scale <= 0:  # they mask before they scale: 0 * -inf is NaN, and a negative scale turns -inf into +inf
         yield Refusal("scale", f"takes a scale above 0, got {problem.scale}")
-    mask = None if problem.bias is None else problem.bias.mask
+    mask = mask_of(problem.bias)
     if isinstance(mask, Segments):
         yield from flash_limits.of_documents(mask)
         yield from flash_limits.of_tokens(problem)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from .. import library
 from .fa3 import FUNCTION
+from .forms import lengths_of, of_dense, of_packed, window_of
 from .masks import asked
 from .operands import cache_of
-from .run_fa2 import lengths_of, of_dense, of_packed, window_of
 
 _flash: Any = library.module(library.FA3)
 _TELLS_THE_LSE = library.takes(library.FA3, FUNCTION, "return_attn_probs")

@@ -14,9 +14,9 @@ from attn_core.torch_kernels.packed import flat, packed
 from torch import Tensor
 
 from .. import library
+from .forms import lengths_of, of_dense, of_packed, window_of
 from .masks import asked
 from .operands import cache_of
-from .run_fa2 import lengths_of, of_dense, of_packed, window_of
 
 _flash: Any = library.module(library.FA4)
 

@@ -32,7 +32,8 @@ def extension(function: Callable[..., Any]) -> Callable[..., Any]:
             given = ", ".join([type(x).__name__ for x in args] + [f"{name}=" for name in named])
             takes = ", ".join(f"{p.name}: {p.annotation}" for p in parameters.values())
             raise TypeError(f"{function.__name__}(): incompatible function arguments. Takes ({takes}); given ({given})")
-        return function(*args)
+        with torch.no_grad():  # what is compiled is no operation of autograd
+            return function(*args)
 
     return call
 
