@@ -29,7 +29,7 @@ class StandIn(Tensor):
     def __new__(
         cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, strides: tuple[int, ...] | None = None
     ) -> StandIn:
-        options = {} if strides is None else {"strides": strides}
+        options: dict[str, Any] = {} if strides is None else {"strides": strides}
         return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, **options)
 
     @classmethod

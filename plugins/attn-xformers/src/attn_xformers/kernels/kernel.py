@@ -18,7 +18,7 @@ from .forms import Form, forms
 from .operators import Manners, Operator, Pair
 
 #: Masks of which no operator but Triton's visits what they leave out.
-SKIPPED = frozenset({Causal, Window, Segments})
+SKIPPED: frozenset[type[AttnBias]] = frozenset({Causal, Window, Segments})
 
 
 @dataclass(frozen=True, kw_only=True)

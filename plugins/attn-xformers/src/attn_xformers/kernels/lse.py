@@ -30,7 +30,7 @@ def ours(lse: Tensor, sent: Any, *, packed: bool, batch: int, seqlen_q: int, is_
         if not is_packed_lse:
             documents, places = places_of(tuple(starts), lse.device)
             lse = lse.permute(0, 2, 1)[documents, places].t()[None]  # [1, heads, queries of all]
-        lse = lse[0, :, : batch * seqlen_q].unflatten(1, (batch, seqlen_q)).transpose(0, 1)
+        lse = lse[0, :, : batch * seqlen_q].reshape(-1, batch, seqlen_q).transpose(0, 1)
     return lse.float().masked_fill(lse == INFINITY, -INFINITY)
 
 

@@ -48,7 +48,7 @@ def sent(query: Tensor, key: Tensor, value: Tensor, form: forms.Form) -> Sent:
     if form.packed:
         query, key, value = (tensor.flatten(0, 1).unsqueeze(0) for tensor in (query, key, value))
     if kv_heads != heads:
-        query = query.unflatten(2, (kv_heads, heads // kv_heads))
+        query = query.reshape(*query.shape[:2], kv_heads, heads // kv_heads, query.shape[3])
         key, value = (
             tensor.unsqueeze(3).expand(*tensor.shape[:3], heads // kv_heads, tensor.shape[3]) for tensor in (key, value)
         )
@@ -60,7 +60,7 @@ def with_tensor(form: forms.Form, query: Tensor, key: Tensor, group: int) -> Any
     shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
     tensor = expanded(form.tensor, query.dtype, shape)
     if group > 1:
-        tensor = tensor.unflatten(1, (shape[1] // group, group))
+        tensor = tensor.reshape(shape[0], shape[1] // group, group, *shape[2:])
     return tensor if form.kind == forms.TENSOR else beside_causal(tensor)
 
 

@@ -71,12 +71,12 @@ def capabilities(
     """What the pair can do with operands of that dtype on such a device; None: the first that it takes."""
     forward, backward = pair.forward, pair.backward
     dtypes = frozenset(forward.SUPPORTED_DTYPES) & DTYPES
-    if dtype not in dtypes:
-        dtype = next(each for each in (torch.float16, torch.float32, torch.bfloat16) if each in dtypes)
-    if device not in forward.SUPPORTED_DEVICES:
-        device = min(forward.SUPPORTED_DEVICES)
-    where = asked.device_of(device, capability)
-    dims = sizes(forward, dtype, where)
+    of_size = next(
+        each for each in (dtype, torch.float16, torch.float32, torch.bfloat16) if each is not None and each in dtypes
+    )
+    of_device = device if device in forward.SUPPORTED_DEVICES else min(forward.SUPPORTED_DEVICES)
+    where = asked.device_of(str(of_device), capability)
+    dims = sizes(forward, of_size, where)
     on_rocm = torch.version.hip is not None  # whose devices have numbers of their own, which no operator limits
     return OperatorCapabilities(
         devices=frozenset(forward.SUPPORTED_DEVICES),
@@ -84,7 +84,7 @@ def capabilities(
         head_dims=dims,
         head_dims_v=dims if forward.SUPPORTS_DIFFERENT_VALUE_EMBED else None,
         biases=kinds(forward, pair.manners),
-        backward=None if backward is None else _backward(pair, dtype, where, dims),
+        backward=None if backward is None else _backward(pair, of_size, where, dims),
         gqa=forward.SUPPORTS_BMGHK,
         gqa_backward=backward is not None and backward.SUPPORTS_BMGHK,
         dropout=forward.SUPPORTS_DROPOUT,
