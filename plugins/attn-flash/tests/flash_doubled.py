@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from importlib.machinery import PathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import PackageNotFoundError, distributions
 from pathlib import Path
 
@@ -64,6 +64,7 @@ def installed_from(*folders: Path) -> Iterator[None]:
         with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
             patch.setattr(library, "find_spec", lambda name: PathFinder.find_spec(name, places))
             patch.setattr(library, "version_of", version_of)
+            patch.setattr(sys, "meta_path", [OnlyFrom(places), *sys.meta_path])
             for folder in folders:
                 stack.enter_context(importable(folder))
             library.forget()
@@ -74,6 +75,21 @@ def installed_from(*folders: Path) -> Iterator[None]:
         sys.modules.update(before)
         library.forget()
         attn_core.refresh()  # what was found of the double is not so any more
+
+
+class OnlyFrom:
+    """Finds the libraries in these folders, and nowhere else: a real `flash_attn` would hide the namespace of FA4."""
+
+    def __init__(self, places: list[str]) -> None:
+        self.places = places
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:
+        if name.partition(".")[0] not in ROOTS:
+            return None
+        spec = PathFinder.find_spec(name, self.places if path is None else path)
+        if spec is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return spec
 
 
 def is_of_flash(name: str) -> bool:

@@ -223,6 +223,14 @@ def test_pages_have_no_backward(flash):
             out.sum().backward()
 
 
+@only("fa4")
+def test_in_fa4_minus_1_beside_a_limit_is_a_limit(flash):
+    q, k, v = randn(1, 3, 4, 16), randn(1, 3, 2, 16, seed=1), randn(1, 3, 2, 16, seed=2)
+    none, _ = flash.flash_attn_func(q, k, v)
+    assert torch.equal(flash.flash_attn_func(q, k, v, window_size=(-1, -1))[0], none)
+    assert (flash.flash_attn_func(q, k, v, window_size=(-1, 0))[0] == 0).all()  # keys behind the diagonal, up to it
+
+
 @only("fa3", "fa4")
 def test_what_a_stand_in_leaves_out_is_refused_by_name(flash):
     x = randn(1, 2, 2, 16)

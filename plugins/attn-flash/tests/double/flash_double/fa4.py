@@ -53,9 +53,11 @@ def attend(
     assert_head_dims(head_dim, head_dim_v)
     assert all(x is None or x.shape == (size,) for x in (seqused_q, seqused_k)), "seqused must have shape (batch_size,)"
 
-    left, right = window_size[0], 0 if causal else window_size[1]
-    if left is not None and right is not None and left + right < 0:
+    left, right = window_size
+    if left is not None and right is not None and left < 0 and right < 0:  # -1 beside a limit is no limit, but -1
         left = right = None
+    if causal:
+        right = 0
     packs = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     batch = batch_of(q, k, **packs, seqused_q=seqused_q, seqused_k=seqused_k, page_table=page_table)
     rules = Rules(
