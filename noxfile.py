@@ -38,6 +38,9 @@ TIMM = ("timm==1.0.31", "torchvision==0.28.0")
 #: Compared with attn-natten, in tests and in the benchmark: the last release that has unfused ops and kernels for CPUs,
 #: and one of those since. Both go by the name natten, so each is installed into a folder of its own.
 NATTEN_OLD, NATTEN = "natten==0.17.5", "natten==0.21.7"
+#: The Python files of the first run over a double of its extension: built without CUDA, that is all there is of it. Of
+#: the second, which needs a compiler of 260 MB, the source is read.
+FLASH, FLASH_4 = "flash-attn==2.8.3", "flash-attn-4==4.0.0b36"
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 SOURCES = ("core", "plugins", "tests", "benchmarks", "docs", "gpu", "noxfile.py")
 PLUGINS = combinations.packages(ROOT)
@@ -310,6 +313,23 @@ def natten_old(session: nox.Session) -> None:
     session.run("pytest", *(session.posargs or ["plugins/attn-natten/tests/test_against_natten_0_17.py"]), env=env)
 
 
+@nox.session
+def flash(session: nox.Session) -> None:
+    """Run attn-flash's kernels, FA2's through FlashAttention 2.8.3 itself, over doubles in torch: no CUDA; minutes."""
+    install_torch(session)
+    install(session, "-e", "core[test]", "-e", "plugins/attn-flash[test]")
+    without_cuda = {"FLASH_ATTENTION_FORCE_BUILD": "TRUE", "FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE"}
+    folders = [folder_of(session, FLASH, env=without_cuda), folder_of(session, FLASH_4)]
+    if folders[0] is None:
+        session.skip(f"{FLASH} cannot be built here")
+    env = {"PYTHONPATH": os.pathsep.join(str(folder) for folder in folders if folder)} | ONE_THREAD
+    check = "import importlib.metadata as m; assert m.version('flash-attn') == '2.8.3'"
+    session.run("python", "-c", check, env=env)  # without it, tests would be skipped
+    tests = "plugins/attn-flash/tests"
+    everything = [*IN_TWO, tests, f"{tests}/every_check_on_the_double.py"]
+    session.run("pytest", *(session.posargs or everything), env=env)
+
+
 def install_torch(session: nox.Session) -> None:
     """Installs torch alone, in the version that constraints.txt names."""
     session.install(pinned_torch())
@@ -346,13 +366,18 @@ def install_plugins(session: nox.Session, plugins: tuple[str, ...]) -> None:
 
 def natten_folder(session: nox.Session, release: str) -> Path | None:
     """Where a release of NATTEN is installed by itself; built there the first time. None where that fails."""
+    workers = os.environ.get("NATTEN_N_WORKERS", str(os.cpu_count()))
+    return folder_of(session, release, "cmake", env={"NATTEN_N_WORKERS": workers})
+
+
+def folder_of(session: nox.Session, release: str, *tools: str, env: dict[str, str] | None = None) -> Path | None:
+    """Where a release is installed by itself, for PYTHONPATH; built there the first time. None where that fails."""
     folder = Path(session.cache_dir).resolve() / f"{release}-{pinned_torch()}-{sys.implementation.cache_tag}"
     if not folder.is_dir():
-        session.install("setuptools", "wheel", "packaging", "cmake")
-        workers = os.environ.get("NATTEN_N_WORKERS", str(os.cpu_count()))
+        session.install("setuptools", "wheel", "packaging", *tools)
         alone = ("--no-deps", "--no-build-isolation", "--target", str(folder))
         command = ("python", "-m", "pip", "install", *alone, release)
-        session.run_install(*command, env={"NATTEN_N_WORKERS": workers}, success_codes=[0, 1, 2])
+        session.run_install(*command, env=env or {}, success_codes=[0, 1, 2])
     if not folder.is_dir():
         session.log(f"{release} cannot be installed: see above")
         return None
