@@ -11,15 +11,19 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import attn_core
 import torch
 from attn_core import Kernel
 from attn_core.registry import registry
-from attn_core.torch_kernels import fa_window, varlen
+from attn_core.torch_kernels import fa_window, flash_limits, varlen
 from torch import Tensor
 
-KERNELS = {kernel.name: kernel for kernel in (fa_window.KERNEL, varlen.KERNEL)}
+#: Those that this torch has.
+KERNELS = {fa_window.KERNEL.name: fa_window.KERNEL}
+if flash_limits.arguments_of_the_op() >= varlen.NEEDED and find_spec(varlen.MODULE):
+    KERNELS[varlen.KERNEL.name] = varlen.KERNEL
 NAN = float("nan")
 
 

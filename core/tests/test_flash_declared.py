@@ -138,8 +138,16 @@ def built_for_cuda(monkeypatch):
 
 
 def test_they_can_be_had_where_torch_has_the_op_and_its_arguments(built_for_cuda):
+    built_for_cuda.setattr(flash_limits, "arguments_of_the_op", lambda: fa_window.NEEDED | varlen.NEEDED)
+    built_for_cuda.setattr(varlen, "find_spec", lambda name: object())
     assert fa_window.probe() is None
     assert varlen.probe() is None
+
+
+def test_the_arguments_of_the_op_are_read_from_its_schema():
+    found = flash_limits.arguments_of_the_op()
+    assert found >= fa_window.NEEDED
+    assert {"query", "max_q"} <= found
 
 
 def test_an_argument_that_an_older_torch_lacks_is_named(built_for_cuda):
@@ -151,6 +159,7 @@ def test_an_argument_that_an_older_torch_lacks_is_named(built_for_cuda):
 
 
 def test_a_torch_without_the_function_is_named(built_for_cuda):
+    built_for_cuda.setattr(flash_limits, "arguments_of_the_op", lambda: varlen.NEEDED)
     built_for_cuda.setattr(varlen, "find_spec", lambda name: None)
     assert varlen.probe().reason == f"torch {torch.__version__} has no torch.nn.attention.varlen"
 

@@ -24,17 +24,22 @@ from attn_core import (
     Segments,
     Window,
     attention,
+    flops,
     kernel,
     reference_attention,
 )
 from attn_core.conformance import check_kernel
 from attn_core.conformance.checks import CHECKS
 from attn_core.torch_kernels import fa_window, flash_limits, packed
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest imports tests without their folder on it
 from flash_doubled import KERNELS, Asked, doubled, limits, logits_of, registered
 
 FA, VARLEN = "torch/fa-window", "torch/varlen"
+needs_varlen = pytest.mark.skipif(
+    VARLEN not in KERNELS, reason=f"torch {torch.__version__} has no varlen_attn with pages"
+)
 CLOSE = {"rtol": 1e-2, "atol": 1e-2}
 
 
@@ -225,6 +230,7 @@ def test_documents_see_nothing_of_each_other(called, name, what):
         check(name, drawn(*lengths, kv_heads=2, grad=grad), bias, scale=0.3)
 
 
+@needs_varlen
 @pytest.mark.parametrize("batch", [1, 3])
 def test_documents_are_told_once_per_batch_entry(called, batch):
     attention(*drawn(12, 9, batch=batch), Segments([4, 3, 5], [2, 6, 1]), kernel=VARLEN)
@@ -240,6 +246,7 @@ def test_alibi_in_documents_counts_from_the_end_of_each(called):
     check(FA, drawn(7, 9), on_one_diagonal, scale=0.3)
 
 
+@needs_varlen
 def test_documents_with_gaps_are_read_by_their_lengths(called):
     bias = Segments([3, 4], [2, 3], starts_kv=[1, 6], within=Causal("bottom-right"))
     query, key, value = drawn(7, 12)
@@ -251,6 +258,7 @@ def test_documents_with_gaps_are_read_by_their_lengths(called):
     assert called.forward["seqused_k"].tolist() == [2, 3, 2, 3]
 
 
+@needs_varlen
 def test_where_a_gradient_is_needed_keys_that_exist_are_put_together(called):
     bias = Segments([3, 4], [2, 3], starts_kv=[1, 6], within=Causal("bottom-right"))
     query, key, value = drawn(7, 12, grad=True)
@@ -277,6 +285,7 @@ WITHIN = {
 }
 
 
+@needs_varlen
 @pytest.mark.parametrize("grouped", [4, 1], ids=["equal heads", "one kv head"])
 @pytest.mark.parametrize("seqlen_q", [1, 5])
 @pytest.mark.parametrize("within", WITHIN.values(), ids=WITHIN)
@@ -311,6 +320,43 @@ def test_documents_are_told_by_tensors_that_are_kept():
     assert packed.packed(bias, query, query) is packed.packed(bias, query, query)
 
 
+# FLOPs
+
+
+def counted(call):
+    with FlopCounterMode(display=False, custom_mapping=flops.formulas()) as counter:
+        result = call()
+    forward = counter.get_total_flops()
+    with FlopCounterMode(display=False, custom_mapping=flops.formulas()) as counter:
+        result.float().sum().backward()
+    return forward, counter.get_total_flops()
+
+
+@pytest.mark.parametrize("lengths", [(5, 12), (12, 5)], ids=["more keys", "more queries"])
+def test_flops_of_a_dense_call_are_those_of_its_tokens_not_of_its_heads(called, lengths):
+    operands = drawn(*lengths, kv_heads=2, grad=True)
+    pairs = 2 * 4 * lengths[0] * lengths[1]  # batch, heads
+    call = lambda: attention(*operands, Causal("bottom-right"), kernel=FA)  # noqa: E731
+    assert counted(call) == (2 * pairs * 2 * 16, 2 * pairs * 5 * 16)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_flops_of_documents_are_those_of_each(called, name):
+    operands = drawn(12, 9, grad=True)
+    pairs = 2 * 4 * (4 * 2 + 3 * 6 + 5 * 1)
+    call = lambda: attention(*operands, Segments([4, 3, 5], [2, 6, 1]), kernel=name)  # noqa: E731
+    assert counted(call) == (2 * pairs * 2 * 16, 2 * pairs * 5 * 16)
+
+
+@needs_varlen
+def test_flops_in_pages_are_those_of_the_keys_that_exist(called):
+    query, pages = drawn(3, 2)[0], torch.zeros(2, 256, 4, 16, dtype=torch.bfloat16)
+    bias = Paged(torch.tensor([[0], [1]]), torch.tensor([200, 7]), 256)
+    with FlopCounterMode(display=False, custom_mapping=flops.formulas()) as counter:
+        attention(query, pages, pages, bias, kernel=VARLEN)
+    assert counter.get_total_flops() == 2 * 4 * 3 * (200 + 7) * 2 * 16
+
+
 # Graphs
 
 
@@ -319,7 +365,7 @@ def test_documents_are_told_by_tensors_that_are_kept():
     [
         (FA, Window(3, 1)),
         (FA, Segments([4, 5], within=Causal())),
-        (VARLEN, Segments([4, 5], within=Causal())),
+        pytest.param(VARLEN, Segments([4, 5], within=Causal()), marks=needs_varlen),
     ],
     ids=["window", "documents", "varlen"],
 )
