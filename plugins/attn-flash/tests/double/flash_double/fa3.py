@@ -71,12 +71,10 @@ def attend(
         right=0 if causal else None if window_size[1] < 0 else window_size[1],
         empty_lse=math.inf if k.numel() == 0 else -math.inf,
     )
-    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if differentiable:
-        check(
-            max(head_dim, head_dim_v) <= MAX_HEAD_DIM, "FlashAttention forward only supports head dimension at most 256"
-        )
-        check(not deterministic or head_dim <= 192, "Deterministic backward not supported for hdim 256.")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        largest = max(head_dim, head_dim_v)
+        check(largest <= MAX_HEAD_DIM, "FlashAttention forward only supports head dimension at most 256")
+        check(not deterministic or largest <= 192, "Deterministic backward not supported for hdim 256.")
     return Attend.apply(q, k, v, batch, rules, False)
 
 
