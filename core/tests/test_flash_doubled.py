@@ -214,6 +214,7 @@ DOCUMENTS = {
     "unequal, window without a right limit": Segments([4, 3, 5], [2, 6, 1], within=Window(1, None, "bottom-right")),
     "window to the right beyond the keys": Segments([1, 3, 8], [2, 1, 1], within=Window(0, 4, "bottom-right")),
     "window on both sides": Segments([4, 3, 5], within=Window(1, 1)),
+    "window said from the top left": Segments([2, 3, 1], [4, 5, 3], within=Window(0, 2, "top-left")),
     "some without queries": Segments([6, 0, 6], [2, 3, 4]),
     "some without keys": Segments([6, 1, 5], [2, 0, 7]),
     "at most one query, some without": Segments([1, 0, 1], [2, 3, 4]),

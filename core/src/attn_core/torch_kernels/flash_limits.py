@@ -72,11 +72,9 @@ def of_a_window(mask: Mask | None, seqlen_q: int, seqlen_kv: int) -> Iterator[Re
 
 
 def of_documents(documents: Segments) -> Iterator[Refusal]:
-    """Masks within documents, which start at the bottom right of each."""
-    corner = band_of(documents.within)[2]
-    if corner == "top-left" and not have_equal_lengths(documents.packed):
-        text = f"within documents of unequal lengths, takes masks from the bottom right, got {documents!r}"
-        yield Refusal("bias", text)
+    """Masks within documents, which start at the bottom right of each, or can be said so."""
+    if documents.from_bottom_right() is None:
+        yield Refusal("bias", f"takes masks from the bottom right of each document, got {documents!r}")
 
 
 def of_alibi(alibi: ALiBi, mask: Mask | None, seqlen_q: int, seqlen_kv: int) -> Iterator[Refusal]:
@@ -97,12 +95,6 @@ def of_tokens(problem: Problem) -> Iterator[Refusal]:
     most = problem.batch * max(problem.seqlen_q, problem.seqlen_kv)
     if most > MOST_TOKENS:
         yield Refusal("batch", f"takes {MOST_TOKENS} tokens in all, got {most}")
-
-
-@constant
-def have_equal_lengths(packed: bytes) -> bool:
-    """Whether each document that has both has as many queries as keys."""
-    return all(queries == keys for queries, keys in unpack(packed).sizes() if queries and keys)
 
 
 @constant

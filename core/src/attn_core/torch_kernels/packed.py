@@ -114,6 +114,7 @@ def _one_each(batch: int, seqlen: int, device: torch.device) -> Tensor:
 
 def _of_documents(bias: Segments, batch: int, seqlen_q: int, seqlen_kv: int, device: torch.device) -> Packed:
     """Every batch entry has the same documents."""
+    bias = bias.from_bottom_right() or bias
     make = _made if is_traced() or torch._C._len_torch_dispatch_stack() else _kept
     return make(bias.packed, bias.has_gaps, limits(band_of(bias.within)), batch, seqlen_q, seqlen_kv, device)
 
