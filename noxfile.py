@@ -196,10 +196,15 @@ def downstream(session: nox.Session) -> None:
 
 @nox.session
 def conformance(session: nox.Session) -> None:
-    """Hold the built-in kernels to all that they declare, minutes each; arguments go to `attn check`."""
+    """Hold the built-in kernels to all that they declare, minutes each; arguments go to `attn check`.
+
+    Two that need CUDA are held to it by a double of torch's ops.
+    """
     install_torch(session)
-    install(session, "-e", "core")
+    install(session, "-e", "core[test]")
     session.run("attn", "check", *(session.posargs or ["--all"]), env=ONE_THREAD)
+    if not session.posargs:
+        session.run("pytest", "core/tests/every_check_on_the_flash_double.py", env=ONE_THREAD)
 
 
 @nox.session
