@@ -225,7 +225,7 @@ class Segments(Mask):
         if self.within is None or self.within.corner == "bottom-right":
             return self
         band = _from_bottom_right(self.packed, band_of(self.within))
-        return None if band is None else made(self.packed, mask_of(band), self.has_gaps, self.lengths)  # type: ignore[arg-type]
+        return None if band is None else made(self.packed, mask_of(band), self.has_gaps, self.lengths)
 
     @property
     def has_padding(self) -> bool:

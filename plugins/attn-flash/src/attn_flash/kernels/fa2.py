@@ -33,7 +33,7 @@ from . import masks, priors
 HALF = frozenset({torch.float16, torch.bfloat16})
 #: Causal has a corner, so it is named by its value; what windows, documents and caches begin from, `masks` refuses.
 IN_BACKWARD: frozenset[type[AttnBias] | AttnBias] = frozenset({Causal("bottom-right"), Window, Segments, ALiBi, Sum})
-BIASES = IN_BACKWARD | {KeyPadding, Cached, Paged}
+BIASES: frozenset[type[AttnBias] | AttnBias] = frozenset({*IN_BACKWARD, KeyPadding, Cached, Paged})
 #: Pages hold so many keys, or a multiple.
 PAGE = 256
 

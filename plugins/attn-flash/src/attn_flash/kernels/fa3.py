@@ -30,7 +30,7 @@ from . import masks, priors
 from .fa2 import HALF
 
 IN_BACKWARD: frozenset[type[AttnBias] | AttnBias] = frozenset({Causal("bottom-right"), Window, Segments})
-BIASES = IN_BACKWARD | {KeyPadding, Cached, Paged}
+BIASES: frozenset[type[AttnBias] | AttnBias] = frozenset({*IN_BACKWARD, KeyPadding, Cached, Paged})
 
 
 def probe() -> Unusable | None:

@@ -31,7 +31,7 @@ from .fa2 import HALF
 from .fa3 import has_cache
 
 IN_BACKWARD: frozenset[type[AttnBias] | AttnBias] = frozenset({Causal("bottom-right"), Window, Segments})
-BIASES = IN_BACKWARD | {KeyPadding, Cached, Paged}
+BIASES: frozenset[type[AttnBias] | AttnBias] = frozenset({*IN_BACKWARD, KeyPadding, Cached, Paged})
 #: Of Blackwell, which has the common sizes and two more.
 BLACKWELL_DIMS = frozenset({*range(8, 129, 8), 192, 256})
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import torch
 from attn_core import ALiBi, Cached, KeyPadding, Paged, Segments
+from attn_core.bias.documents import unpack
 from attn_core.torch_kernels.fa_window import slopes_of as slopes_in_float32
+from attn_core.tracing import constant
 from torch import Tensor
 
 
@@ -26,5 +28,11 @@ def slopes_of(alibi: ALiBi, device: torch.device, segments: Segments | None) -> 
     """Slopes in float32, `[num_heads]`, or `[sequences, num_heads]` where each batch entry has its own."""
     slopes = slopes_in_float32(alibi, device)
     if slopes.ndim == 2 and segments is not None:
-        slopes = slopes.repeat_interleave(len(segments.seqlens_q), 0)
+        slopes = slopes.repeat_interleave(_count(segments.packed), 0)
     return slopes
+
+
+@constant
+def _count(packed: bytes) -> int:
+    """How many documents there are."""
+    return len(unpack(packed).k0)
