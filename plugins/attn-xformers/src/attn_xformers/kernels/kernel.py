@@ -51,6 +51,7 @@ def of_operator(operator: Operator, costs: Mapping[str, Cost]) -> Kernel:
         operator.pair,
         operator.pair_if_imported,
         operator.probe,
+        read.widest(operator.backward is not None, operator.manners),
         costs,
         frozenset() if operator.module == "triton_splitk" else SKIPPED,
     )
@@ -81,7 +82,8 @@ def kernel_of(
             f" {'packed' if backward.VARLEN_LSE_PACKED else 'padded'}, and forward {forward.NAME} gives the other"
         )
     pair = Pair(forward, backward, manners or Manners())
-    return _kernel(name, lambda: pair, lambda: pair, None, costs or {}, frozenset())
+    declared = read.capabilities(pair)
+    return _kernel(name, lambda: pair, lambda: pair, None, declared, costs or {}, frozenset())
 
 
 def _kernel(
@@ -89,6 +91,7 @@ def _kernel(
     pair: Callable[[], Pair],
     pair_if_imported: Callable[[], Pair | None],
     probe: Callable[[], Unusable | None] | None,
+    declared: Capabilities,
     costs: Mapping[str, Cost],
     skips: frozenset[type[AttnBias]],
 ) -> Kernel:
@@ -109,7 +112,7 @@ def _kernel(
     return OperatorKernel(
         name=name,
         run=run,
-        capabilities=read.WIDEST,
+        capabilities=declared,
         pair=pair_if_imported,
         refuse=lambda problem: refusals(pair(), problem),
         probe=probe,

@@ -158,18 +158,19 @@ def _asker(operator: Any, dtype: torch.dtype, where: torch.device | None) -> Cal
     return lambda dim: not set(asks(dim)) - always
 
 
-WIDEST = OperatorCapabilities(
-    devices=frozenset({"cuda"}),
-    dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
-    head_dims=range(1, (1 << 16) + 1),
-    head_dims_v=range(1, (1 << 16) + 1),
-    biases=frozenset({Causal, Window, Segments, KeyPadding, Cached, ZeroPadded, TensorBias, Sum}),
-    backward=Backward(bias_grad=True, deterministic=True),
-    gqa=True,
-    gqa_backward=True,
-    dropout=True,
-    return_lse=True,
-    deterministic=True,
-)
-"""What is declared of an operator before xFormers was imported: all that this plugin can translate. What the operator
-says counts from the moment at which it is first weighed."""
+def widest(backward: bool, manners: Manners) -> OperatorCapabilities:
+    """What is declared of an operator before xFormers was imported: all that this plugin can translate. What the
+    operator says counts from the moment at which it is first weighed."""
+    return OperatorCapabilities(
+        devices=frozenset({"cuda"}),
+        dtypes=DTYPES,
+        head_dims=range(1, (1 << 16) + 1),
+        head_dims_v=range(1, (1 << 16) + 1),
+        biases=frozenset({Causal, Window, Segments, KeyPadding, Cached, ZeroPadded, TensorBias, Sum}),
+        backward=Backward(bias_grad=True, deterministic=True) if backward else None,
+        gqa=True,
+        gqa_backward=backward,
+        dropout=True,
+        return_lse=manners.gives_lse,
+        deterministic=True,
+    )
