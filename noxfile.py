@@ -322,7 +322,7 @@ def natten_old(session: nox.Session) -> None:
 
 @nox.session
 def flash(session: nox.Session) -> None:
-    """Run attn-flash over the real Python of FlashAttention 2 and 4, with doubles of their kernels; minutes, no CUDA."""
+    """Run attn-flash with the real Python of FlashAttention 2 and 4, over doubles of their kernels; no CUDA."""
     install_torch(session)
     install(session, "-e", "core[test]", "-e", "plugins/attn-flash[test]")
     without_cuda = {"FLASH_ATTENTION_FORCE_BUILD": "TRUE", "FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE"}
