@@ -61,7 +61,7 @@ def without_cuda(operator: Any) -> Unusable | None:
         cause = build._cpp_library_load_exception
         said = f": {_in_one_line(cause)}" if cause is not None else ""
         text = f"the extension of xformers {installed()} cannot be loaded beside torch {torch.__version__}{said}"
-        return Unusable("unavailable", text, f"{INSTALL}, beside a torch that it was built for")
+        return Unusable("unavailable", text, INSTALL)
     if not torch.cuda.is_available():
         return Unusable("unavailable", "there is no CUDA device here")
     return None

@@ -105,7 +105,7 @@ def capabilities(
         backward=None if backward is None else _backward(pair, plain, of_size, where, dims),
         gqa=forward.SUPPORTS_BMGHK,
         gqa_backward=backward is not None and backward.SUPPORTS_BMGHK,
-        head_dims_v_backward=None if backward is None else sizes(backward, plain, of_size, where)[1] or (),
+        head_dims_v_backward=_dims_v_backward(backward, plain, of_size, where) if backward and dims_v else None,
         dropout=forward.SUPPORTS_DROPOUT,
         return_lse=pair.manners.gives_lse,
         deterministic=forward.IS_DETERMINISTIC,
@@ -118,6 +118,10 @@ def plain_form(pair: Pair) -> Form:
     """What a pair is asked with about sizes: no bias, or lengths where it needs some."""
     possible = [form for form in forms(None, 1, 64, 64) if asked.allowed(pair, form, False)]
     return possible[0] if possible else Form(kind=NO_BIAS)
+
+
+def _dims_v_backward(backward: Any, plain: Form, dtype: torch.dtype, where: torch.device | None) -> Collection[int]:
+    return sizes(backward, plain, dtype, where)[1] or ()
 
 
 def _backward(
