@@ -1,0 +1,157 @@
+"""Builds a kernel's text for the emulator with g++: four builds, each kept by what went into it.
+
+- plain: fast; finds deadlocks, divergence, overruns of shared arrays, and memory that is not there
+- checked: watches every access: races, out of bounds (elements of strided tensors), unwritten shared memory
+- tsan, asan: ThreadSanitizer's and AddressSanitizer's opinion, in a process of its own
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from attn_cuda_ref.errors import CompileError
+from attn_cuda_ref.launcher import TEXT, Constants
+
+HERE = Path(__file__).parent
+#: How many lines of the compiler's log an error shows.
+LOG_LINES = 20
+
+
+@dataclass(frozen=True)
+class Build:
+    """How the kernel, and the runtime beside it, are compiled."""
+
+    kernel: tuple[str, ...]
+    runtime: tuple[str, ...]
+    sources: tuple[str, ...] = ("runtime.cpp",)
+    #: A process of its own, and with what it is linked.
+    program: tuple[str, ...] = ()
+
+
+#: No -ffast-math, and nothing contracted to fused operations that the text does not ask for: results do not depend on
+#: the machine. Frame pointers go, and so does what C++ needs for exceptions.
+COMMON = ("-std=c++17", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno", "-fno-gnu-unique", "-w")
+ALIKE = ("-O2", "-fno-exceptions")
+BUILDS = {
+    "plain": Build(kernel=(*ALIKE, "-g1"), runtime=(*ALIKE, "-g1")),
+    "checked": Build(
+        kernel=("-O1", "-g", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"),
+        runtime=(*ALIKE, "-g1", "-DEMU_CHECKED"),
+        sources=("runtime.cpp", "checks.cpp"),
+    ),
+    "tsan": Build(
+        kernel=("-O1", "-g", "-fsanitize=thread"),
+        runtime=(*ALIKE, "-g1", "-DEMU_TSAN"),
+        sources=("runtime.cpp", "main.cpp"),
+        program=("-fsanitize=thread",),
+    ),
+    "asan": Build(
+        kernel=("-O1", "-g", "-fsanitize=address", "-DEMU_ASAN"),
+        runtime=("-O1", "-g", "-fsanitize=address", "-DEMU_ASAN"),
+        sources=("runtime.cpp", "main.cpp"),
+        program=("-fsanitize=address",),
+    ),
+}
+
+
+def missing_tool() -> str | None:
+    """What the emulator needs and this machine lacks, or None."""
+    if platform.machine() not in ("x86_64", "aarch64"):
+        return f"no context switch for {platform.machine()}"
+    return None if shutil.which("g++") else "no g++"
+
+
+class Toolchain:
+    """Builds into one folder, which may be shared by processes: what is there is whole, and never changed.
+
+    Args:
+        build: one of `BUILDS`.
+        folder: where to, and where to look first.
+    """
+
+    def __init__(self, build: str, folder: Path) -> None:
+        if build not in BUILDS:
+            raise ValueError(f"build={build!r}: there are {', '.join(BUILDS)}")
+        self.build = BUILDS[build]
+        self.name = build
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def kernel(self, source: str, entry: str, constants: Constants) -> Path:
+        """The library, or the program, of a kernel's text; raises CompileError with the compiler's words."""
+        text = f'#line 1 "{entry}.cu"\n{source}\nEMU_ENTRY({entry})\n'
+        macros = [f"-D{name}={value}" for name, value in constants.items()]
+        flags = [*COMMON, *processor(), *self.build.kernel, "-include", str(HERE / "cuda_on_cpu.h"), f"-I{TEXT}"]
+        flags += macros
+        linked = self.runtime()
+        key = digest(contents(TEXT, ".cuh"), contents(HERE, ".h"), text, *flags, *map(str, linked))
+        if self.build.program:
+            return self._made(f"{entry}-{self.name}-{key}", text, [*flags, *self.build.program], linked)
+        return self._made(f"{entry}-{self.name}-{key}.so", text, [*flags, "-shared"], linked)
+
+    def runtime(self) -> list[Path]:
+        """The runtime of this build: a library, or objects for a program."""
+        flags = [*COMMON, *processor(), *self.build.runtime]
+        made = []
+        if self.build.program:
+            for source in self.build.sources:
+                key = digest(contents(HERE, ".h"), (HERE / source).read_text(), *flags)
+                made.append(self._made(f"{self.name}-{key}-{source}.o", None, [*flags, "-c", str(HERE / source)], []))
+            return made
+        sources = [HERE / source for source in self.build.sources]
+        key = digest(contents(HERE, ".h"), *(path.read_text() for path in sources), *flags)
+        shared = [*flags, "-shared", "-Wl,-Bsymbolic", "-ldl"]
+        return [self._made(f"{self.name}-{key}.so", None, [*shared, *map(str, sources)], [])]
+
+    def _made(self, name: str, text: str | None, flags: list[str], linked: list[Path]) -> Path:
+        path = self.folder / name
+        if path.exists():
+            return path
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            given = [str(one) for one in linked]
+            if text is not None:
+                source = Path(folder) / "kernel.cpp"
+                source.write_text(text)
+                given.insert(0, str(source))
+            result = Path(folder) / "made"
+            command = ["g++", *flags, *given, "-o", str(result)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                log = "\n".join(done.stderr.splitlines()[:LOG_LINES])
+                raise CompileError(f"g++ does not compile {name}:\n{log}")
+            os.replace(result, path)
+        return path
+
+
+@cache
+def contents(folder: Path, ending: str) -> str:
+    """The text of all files of a folder, one after the other: any of them may be included."""
+    return "\n".join(f"{path.name}\n{path.read_text()}" for path in sorted(folder.glob(f"*{ending}")))
+
+
+@cache
+def processor() -> tuple[str, ...]:
+    """Flags for this machine's processor: its conversions of 16-bit numbers are instructions, where it has them."""
+    return ("-march=native",) if platform.machine() == "x86_64" else ()
+
+
+@cache
+def compiler() -> str:
+    """Which g++, for which processor: -march=native means what this says."""
+    answer = subprocess.run(
+        ["g++", "-v", *processor(), "-Q", "--help=target"], capture_output=True, text=True, check=True
+    )
+    return answer.stdout + answer.stderr
+
+
+def digest(*parts: str) -> str:
+    """A name for what goes into a build, the compiler included."""
+    return hashlib.sha256("\0".join([compiler(), *parts]).encode()).hexdigest()[:24]
