@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, Union
+from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -17,9 +17,9 @@ TEXT = Path(__file__).parent / "cuda"
 
 #: What an entry takes, one for each of its parameters: a pointer for a tensor, or null for None; `int` or `long long`;
 #: `float`.
-Argument = Union[Tensor, int, float, None]
+Argument: TypeAlias = Tensor | int | float | None
 Dim3 = tuple[int, int, int]
-Constants = Mapping[str, Union[str, int]]
+Constants = Mapping[str, str | int]
 
 
 class Function(Protocol):
