@@ -5,10 +5,13 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
-from attn_cuda_ref.launcher import Argument
+from attn_cuda_ref.launcher import Argument, Dim3
 from torch import Tensor
 
 MOST_DIMS = 8
+WARP, MOST_THREADS = 32, 1024
+#: What a block may have at most on any GPU that the package knows (sm_90, sm_100).
+MOST_SHARED_BYTES = 227 * 1024
 INTEGERS = {"i": ctypes.c_int, "l": ctypes.c_longlong}
 FLOATS = {"f": ctypes.c_float, "d": ctypes.c_double}
 NAMES = {"p": "a pointer", "c": "a pointer", "i": "an int", "l": "a long long", "f": "a float", "d": "a double"}
@@ -69,7 +72,7 @@ def bytes_of(tensor: Tensor) -> int:
 
 
 def pieces(tensor: Tensor) -> list[tuple[int, int]]:
-    """(size, stride in bytes) of each dimension that moves, the widest stride first; neighbours without a gap joined."""
+    """(size, stride in bytes) of each dimension that moves, widest stride first; neighbours without a gap joined."""
     item = tensor.element_size()
     moving = [(stride * item, size) for size, stride in zip(tensor.shape, tensor.stride()) if size > 1 and stride > 0]
     joined: list[tuple[int, int]] = []
@@ -116,3 +119,14 @@ def values(entry: str, codes: Sequence[str], arguments: Sequence[Argument]) -> l
             wanted = NAMES.get(code, "of a type of its own")
             raise TypeError(f"{entry}: parameter {i} is {wanted}, and the argument is {type(argument).__name__}")
     return made
+
+
+def check_launch(grid: Dim3, block: Dim3, shared_bytes: int) -> None:
+    """Raises ValueError for what no GPU launches, and for blocks of broken warps, which no kernel here has."""
+    threads = block[0] * block[1] * block[2]
+    if threads < 1 or threads > MOST_THREADS or threads % WARP:
+        raise ValueError(f"block={block}: a block has 32 to {MOST_THREADS} threads, in whole warps of {WARP}")
+    if min(grid) < 0 or grid[0] >= 2**31 or max(grid[1:]) > 65535:
+        raise ValueError(f"grid={grid}: a grid has fewer than 2**31 blocks along x, and 65535 at most along y and z")
+    if not 0 <= shared_bytes <= MOST_SHARED_BYTES:
+        raise ValueError(f"shared_bytes={shared_bytes}: a block has 0 to {MOST_SHARED_BYTES}")

@@ -23,10 +23,10 @@ void __tsan_release(void* address);
 }
 #endif
 
-extern "C" void emu_switch(void** save, void* load);
+extern "C" void emu_switch(void** save, void* load);  // a local symbol of each file
 #if defined(__x86_64__)
 __asm__(
-    ".text\n.globl emu_switch\n.type emu_switch,@function\nemu_switch:\n"
+    ".text\n.type emu_switch,@function\nemu_switch:\n"
     "  pushq %rbp\n  pushq %rbx\n  pushq %r12\n  pushq %r13\n  pushq %r14\n  pushq %r15\n"
     "  movq %rsp, (%rdi)\n  movq %rsi, %rsp\n"
     "  popq %r15\n  popq %r14\n  popq %r13\n  popq %r12\n  popq %rbx\n  popq %rbp\n  ret\n"
@@ -34,7 +34,7 @@ __asm__(
 constexpr int kSavedWords = 8, kEntryWord = 6;  // the entry is where `ret` goes; a word above it keeps the stack aligned
 #elif defined(__aarch64__)
 __asm__(
-    ".text\n.globl emu_switch\n.type emu_switch,%function\nemu_switch:\n"
+    ".text\n.type emu_switch,%function\nemu_switch:\n"
     "  sub sp, sp, #160\n  stp x19, x20, [sp]\n  stp x21, x22, [sp, #16]\n  stp x23, x24, [sp, #32]\n"
     "  stp x25, x26, [sp, #48]\n  stp x27, x28, [sp, #64]\n  stp x29, x30, [sp, #80]\n"
     "  stp d8, d9, [sp, #96]\n  stp d10, d11, [sp, #112]\n  stp d12, d13, [sp, #128]\n  stp d14, d15, [sp, #144]\n"
@@ -50,7 +50,7 @@ constexpr int kSavedWords = 20, kEntryWord = 11;
 
 namespace emu {
 
-constexpr size_t kStackBytes = 256 * 1024, kGuardBytes = 4096, kStackStep = kStackBytes + kGuardBytes;
+constexpr size_t kStackBytes = 256 * 1024, kGuardBytes = 64 * 1024, kStackStep = kStackBytes + kGuardBytes;
 
 inline char* map_stacks(unsigned threads) {
   void* stacks = mmap(nullptr, threads * kStackStep, PROT_READ | PROT_WRITE,
@@ -97,6 +97,13 @@ inline void switch_fibers(Fiber* from, Fiber* to, bool ends) {
   emu_switch(save, load);
 #if defined(EMU_ASAN)
   __sanitizer_finish_switch_fiber(from ? from->asan_stack : w.main_asan_stack, nullptr, nullptr);
+#endif
+}
+
+// The first that a fiber does.
+inline void arrive_in_fiber() {
+#if defined(EMU_ASAN)
+  __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
 #endif
 }
 

@@ -1,4 +1,4 @@
-// What the emulator's headers ask of its runtime (runtime.cpp). No include: it is parsed with every kernel.
+// What the emulator's headers ask of its runtime. No include: it is parsed with every kernel.
 #pragma once
 
 namespace emu {

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from arguments import bytes_of
 from attn_cuda_ref.launcher import Argument, Dim3
-from emulator import KernelFault, check_launch
+
+from .arguments import bytes_of, check_launch
+from .faults import KernelError
 
 #: A race ends the process with this status, and after the first report.
 FOUND = 66
@@ -33,7 +34,7 @@ class SanitizedFunction:
         self.entry, self.program, self.build, self.schedule, self.seed = entry, program, build, schedule, seed
 
     def launch(self, grid: Dim3, block: Dim3, shared_bytes: int, arguments: Sequence[Argument]) -> None:
-        """Runs all blocks; raises KernelFault with the sanitizer's report."""
+        """Runs all blocks; raises KernelError with the sanitizer's report."""
         check_launch(grid, block, shared_bytes)
         if 0 in grid:
             return
@@ -46,7 +47,7 @@ class SanitizedFunction:
                 command, capture_output=True, text=True, errors="replace", check=False, env=os.environ | OPTIONS
             )
             if done.returncode != 0:
-                raise KernelFault(report(self.build, done.returncode, done.stderr))
+                raise KernelError(report(self.build, done.returncode, done.stderr))
             take_back(memoryview(file.read_bytes())[HEADER.size + GIVEN.size * len(arguments) :], arguments)
 
 
@@ -78,11 +79,9 @@ def take_back(written: memoryview, arguments: Sequence[Argument]) -> None:
         end = start + bytes_of(argument)
         if argument.numel() > 0:
             result = torch.frombuffer(bytearray(written[start:end]), dtype=argument.dtype)
-            moving = [0 if size == 1 else stride for size, stride in zip(argument.shape, argument.stride())]
-            result = result.as_strided(argument.shape, moving)
-            with torch.no_grad():
-                if 0 not in moving or all(size == 1 for size, step in zip(argument.shape, moving) if step == 0):
-                    argument.copy_(result)
+            if all(stride > 0 or size == 1 for size, stride in zip(argument.shape, argument.stride())):
+                with torch.no_grad():  # an expanded tensor is none that a kernel writes
+                    argument.copy_(result.as_strided(argument.shape, argument.stride()))
         start = end
 
 

@@ -102,8 +102,33 @@ struct Worker {
 };
 extern __thread Worker* worker __attribute__((tls_model("initial-exec")));
 
-// The fault of the launch, by format; `fault` of runtime.h adds who and where.
+inline Fiber& me() { return *static_cast<Fiber*>(self); }
+inline uint32_t lane_bit() { return 1u << self->lane; }
+
+// ---- faults (faults.cpp): the first of a launch is its message ----
+extern int faulted;
+// Ends the launch; `fault` of runtime.h is the same without a format.
 [[noreturn]] void fault_with(Site site, const char* format, ...) __attribute__((format(printf, 2, 3)));
+[[noreturn]] void fault_of_all(Site site, const char* format, ...) __attribute__((format(printf, 2, 3)));  // who waits?
+void note_fault(const Fiber& of, Site site, const char* format, ...) __attribute__((format(printf, 3, 4)));
+const char* file_name(const char* path);
+const char* name_of(Operation operation);
+bool same(Site a, Site b);
+
+// ---- who runs (schedule.cpp) ----
+Fiber* next_ready();
+void wake(const ThreadSet& threads);
+void wait(Operation operation, unsigned mask, Site site);
+ThreadSet all_threads();
+ThreadSet lanes_of_warp(unsigned warp, uint32_t mask);
+
+// Lanes of `mask` meet; the last to come acts for all, and then all go on (meetings.cpp).
+using Act = void (*)(Fiber* lanes, uint32_t mask);
+void meet(Operation operation, unsigned mask, Site site, void* request, Act act);
+
+// ---- shared memory (memory.cpp) ----
+void begin_shared(Worker& worker);
+void check_gaps();
 
 // Where the library that holds this code begins: its debug information counts from there.
 inline uintptr_t module_base(void* code) {

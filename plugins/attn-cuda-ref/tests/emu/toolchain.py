@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from attn_cuda_ref.errors import CompileError
 from attn_cuda_ref.launcher import TEXT, Constants
 
 HERE = Path(__file__).parent
+RUNTIME = ("blocks.cpp", "schedule.cpp", "meetings.cpp", "exchange.cpp", "memory.cpp", "faults.cpp")
 #: How many lines of the compiler's log an error shows.
 LOG_LINES = 20
 
@@ -31,7 +33,7 @@ class Build:
 
     kernel: tuple[str, ...]
     runtime: tuple[str, ...]
-    sources: tuple[str, ...] = ("runtime.cpp",)
+    sources: tuple[str, ...] = RUNTIME
     #: A process of its own, and with what it is linked.
     program: tuple[str, ...] = ()
 
@@ -45,18 +47,18 @@ BUILDS = {
     "checked": Build(
         kernel=("-O1", "-g", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"),
         runtime=(*ALIKE, "-g1", "-DEMU_CHECKED"),
-        sources=("runtime.cpp", "checks.cpp"),
+        sources=(*RUNTIME, "checks.cpp"),
     ),
     "tsan": Build(
         kernel=("-O1", "-g", "-fsanitize=thread"),
         runtime=(*ALIKE, "-g1", "-DEMU_TSAN"),
-        sources=("runtime.cpp", "main.cpp"),
+        sources=(*RUNTIME, "main.cpp"),
         program=("-fsanitize=thread",),
     ),
     "asan": Build(
         kernel=("-O1", "-g", "-fsanitize=address", "-DEMU_ASAN"),
         runtime=("-O1", "-g", "-fsanitize=address", "-DEMU_ASAN"),
-        sources=("runtime.cpp", "main.cpp"),
+        sources=(*RUNTIME, "main.cpp"),
         program=("-fsanitize=address",),
     ),
 }
@@ -93,42 +95,50 @@ class Toolchain:
         flags += macros
         linked = self.runtime()
         key = digest(contents(TEXT, ".cuh"), contents(HERE, ".h"), text, *flags, *map(str, linked))
-        if self.build.program:
-            return self._made(f"{entry}-{self.name}-{key}", text, [*flags, *self.build.program], linked)
-        return self._made(f"{entry}-{self.name}-{key}.so", text, [*flags, "-shared"], linked)
+        ending, how = ("", [*self.build.program, "-pthread"]) if self.build.program else (".so", ["-shared"])
+        # Compiled and linked apart: what is compiled for a sanitizer is linked with this runtime instead of its own.
+        return self._made(
+            f"{entry}-{self.name}-{key}{ending}",
+            lambda folder: [
+                ["g++", *flags, "-c", written(folder / "kernel.cpp", text), "-o", str(folder / "kernel.o")],
+                ["g++", *how, str(folder / "kernel.o"), *map(str, linked), "-o", str(folder / "made")],
+            ],
+        )
 
     def runtime(self) -> list[Path]:
         """The runtime of this build: a library, or objects for a program."""
         flags = [*COMMON, *processor(), *self.build.runtime]
-        made = []
-        if self.build.program:
-            for source in self.build.sources:
-                key = digest(contents(HERE, ".h"), (HERE / source).read_text(), *flags)
-                made.append(self._made(f"{self.name}-{key}-{source}.o", None, [*flags, "-c", str(HERE / source)], []))
-            return made
         sources = [HERE / source for source in self.build.sources]
         key = digest(contents(HERE, ".h"), *(path.read_text() for path in sources), *flags)
-        shared = [*flags, "-shared", "-Wl,-Bsymbolic", "-ldl"]
-        return [self._made(f"{self.name}-{key}.so", None, [*shared, *map(str, sources)], [])]
+        if self.build.program:
+            return [
+                self._made(
+                    f"{self.name}-{key}-{source.stem}.o",
+                    lambda folder, source=source: [["g++", *flags, "-c", str(source), "-o", str(folder / "made")]],
+                )
+                for source in sources
+            ]
+        command = ["g++", *flags, "-shared", "-Wl,-Bsymbolic", *map(str, sources)]
+        return [self._made(f"{self.name}-{key}.so", lambda folder: [[*command, "-o", str(folder / "made")]])]
 
-    def _made(self, name: str, text: str | None, flags: list[str], linked: list[Path]) -> Path:
+    def _made(self, name: str, commands: Callable[[Path], list[list[str]]]) -> Path:
+        """The file of this name, made by the commands if it is not there: aside, then moved to its place."""
         path = self.folder / name
         if path.exists():
             return path
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-            given = [str(one) for one in linked]
-            if text is not None:
-                source = Path(folder) / "kernel.cpp"
-                source.write_text(text)
-                given.insert(0, str(source))
-            result = Path(folder) / "made"
-            command = ["g++", *flags, *given, "-o", str(result)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                log = "\n".join(done.stderr.splitlines()[:LOG_LINES])
-                raise CompileError(f"g++ does not compile {name}:\n{log}")
-            os.replace(result, path)
+            for command in commands(Path(folder)):
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode != 0:
+                    log = "\n".join(done.stderr.splitlines()[:LOG_LINES])
+                    raise CompileError(f"g++ does not compile {name}:\n{log}")
+            os.replace(Path(folder) / "made", path)
         return path
+
+
+def written(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
 
 
 @cache
