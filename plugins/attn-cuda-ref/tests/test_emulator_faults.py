@@ -50,6 +50,8 @@ EXCHANGE = kernel(
     "int* out",
     """  SharedMemory shared;
   int* array = shared.take<int>(64);
+  array[threadIdx.x] = 0;
+  __syncthreads();
   array[threadIdx.x] = threadIdx.x;  // HERE
   BETWEEN
   out[threadIdx.x] = array[(threadIdx.x + STEP) % 64];  // HERE""",
@@ -166,7 +168,7 @@ OVERRUN = kernel(
   float* array = shared.take<float>(64);  // HERE
   first[threadIdx.x % 16] = 0;
   __syncwarp();
-  array[threadIdx.x + PAST] = 1;
+  array[(int)threadIdx.x + PAST] = 1;
   __syncthreads();
   out[threadIdx.x] = array[threadIdx.x];""",
 ).replace("first[threadIdx.x % 16] = 0;", "if (threadIdx.x < 16) first[threadIdx.x] = 0;")
@@ -211,6 +213,8 @@ COPIED = kernel(
     "const float* given, float* out",
     """  SharedMemory shared;
   float* array = shared.take<float>(64);
+  array[threadIdx.x] = 0;
+  __syncthreads();
   cp_async<4>(array + threadIdx.x, given + threadIdx.x, true);
   cp_async_commit();
   WAIT

@@ -203,7 +203,7 @@ static void access_cell(const Place& place, uint64_t element, Cell& cell, bool w
                name_of(place, element).text, read_or_written(write), code, cell.flight_thread);
   if (exists(cell.write, shared) && !ordered(cell.write)) race(place, element, write, code, cell.write, true);
   if (shared && !write && !exists(cell.write, true))
-    fault_with(NOWHERE, "unwritten: %s is read at <code+0x%x>, and no thread has written it",
+    fault_with(NOWHERE, "unwritten: %s is read at <code+0x%x>, and no thread has written it yet",
                name_of(place, element).text, code);
   const Access now{clock_of(self->id)[self->id], code, block_number(), self->id};
   if (write) {

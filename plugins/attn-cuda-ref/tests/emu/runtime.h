@@ -12,8 +12,8 @@ struct Site {
   const char* file;
   int line;
 };
-#define EMU_HERE \
-  emu::Site { __builtin_FILE(), __builtin_LINE() }
+constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
+#define EMU_HERE emu::here()
 
 // What a CUDA thread can ask about itself.
 struct Thread {

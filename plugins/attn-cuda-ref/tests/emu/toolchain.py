@@ -89,7 +89,7 @@ class Toolchain:
 
     def kernel(self, source: str, entry: str, constants: Constants) -> Path:
         """The library, or the program, of a kernel's text; raises CompileError with the compiler's words."""
-        text = f'#line 1 "{entry}.cu"\n{source}\nEMU_ENTRY({entry})\n'
+        text = f"{source}\nEMU_ENTRY({entry})\n"
         macros = [f"-D{name}={value}" for name, value in constants.items()]
         flags = [*COMMON, *processor(), *self.build.kernel, "-include", str(HERE / "cuda_on_cpu.h"), f"-I{TEXT}"]
         flags += macros
@@ -100,7 +100,16 @@ class Toolchain:
         return self._made(
             f"{entry}-{self.name}-{key}{ending}",
             lambda folder: [
-                ["g++", *flags, "-c", written(folder / "kernel.cpp", text), "-o", str(folder / "kernel.o")],
+                [
+                    "g++",
+                    *flags,
+                    "-c",
+                    "-x",
+                    "c++",
+                    written(folder / f"{entry}.cu", text),
+                    "-o",
+                    str(folder / "kernel.o"),
+                ],
                 ["g++", *how, str(folder / "kernel.o"), *map(str, linked), "-o", str(folder / "made")],
             ],
         )
