@@ -96,12 +96,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
+def _nothing(values: list[Any]) -> list[Any] | None:
+    """The gradient of a list without tensors; torch takes an empty list for one of tensors."""
+    return None if values else []
+
+
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     query, key, value, out, lse, *tensors = ctx.saved_tensors
     mask, mask_fields, scores, score_fields, numbers = ctx.of_bias
     bias = Bias(mask, mask_fields, scores, score_fields, tensors, numbers)
-    of_query, of_key, of_value, *_, trained, _, _, _ = ctx.needs_input_grad
-    trained = list(trained) if isinstance(trained, (list, tuple)) else [bool(trained)] * len(tensors)
+    of_query, of_key, of_value = ctx.needs_input_grad[:3]
+    trained = ctx.needs_input_grad[7]  # one for each of `tensors`
     sizes = bias_sizes(bias, trained)
     needs = [of_query, of_key or of_value, any(trained)]
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
@@ -109,14 +114,15 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
         grad_out, grad_lse, query, key, value, out, lse, *bias, *ctx.options, needs, sizes
     )
     grad_query, grad_key, grad_value, grad_logits = found
-    of_tensors = gradients_of_tensors(bias, trained, grad_logits)
     return (
         grad_query if of_query else None,
         grad_key if of_key else None,
         grad_value if of_value else None,
-        *(None,) * 4,
-        of_tensors,
-        *(None,) * 3,
+        *(None, None),
+        *(_nothing(scores), _nothing(score_fields)),
+        gradients_of_tensors(bias, trained, grad_logits),
+        _nothing(numbers),
+        *(None, None),
     )
 
 

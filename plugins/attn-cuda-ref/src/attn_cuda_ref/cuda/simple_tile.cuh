@@ -24,9 +24,9 @@ constexpr int WALKED_FORWARD = LARGEST_DIM <= 128 ? 32 : 16;
 constexpr int WALKED_BACKWARD = LARGEST_DIM <= 128 ? 16 : 8;
 
 // Head_dim as the lanes share it, and the distance of rows in shared memory: odd, so that rows lie in different banks.
-constexpr int padded(int dim) { return (dim + LANES - 1) / LANES * LANES; }
-constexpr int pitch(int dim) { return padded(dim) + 1; }
-constexpr int per_lane(int dim) { return padded(dim) / LANES; }
+__device__ constexpr int padded(int dim) { return (dim + LANES - 1) / LANES * LANES; }
+__device__ constexpr int pitch(int dim) { return padded(dim) + 1; }
+__device__ constexpr int per_lane(int dim) { return padded(dim) / LANES; }
 
 // A tensor [batch, seqlen, num_heads, head_dim] among the parameters of an entry, and one head of it.
 #define OPERAND(name) \
