@@ -28,7 +28,7 @@ extern "C" __global__ void broken(const int* given, int* out) {
   int* array = shared.take<int>(64);
   array[threadIdx.x] = given[threadIdx.x + BEYOND];  // HERE
   BETWEEN
-  out[threadIdx.x] = array[(threadIdx.x + STEP) % 64 + PAST];  // HERE
+  out[threadIdx.x] = array[(int)(threadIdx.x + STEP) % 64 + PAST];  // HERE
 }
 """
 FINE = {"BETWEEN": "__syncthreads();", "STEP": 1, "BEYOND": 0, "PAST": 0}

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from attn_cuda_ref.launcher import Argument, Constants, Dim3
+from attn_cuda_ref.launcher import TEXT, Argument, Constants, Dim3
 
 from .arguments import Index, Launch, Parameter, Region, check_launch, region, values
 from .faults import KernelError, explained
@@ -33,7 +33,8 @@ class EmulatedLauncher:
         schedule: which thread goes on where several can: "forward" the lowest, "backward" the highest, "random" any.
         seed: of the random schedule.
         workers: OS threads that take blocks; the checked build and the sanitizers have one.
-        folder: of what is built; by default one that lasts as long as the process.
+        folder: of what is built; by default the one that ATTN_EMULATOR_FOLDER names, or one of this process.
+        texts: where a kernel's includes are.
     """
 
     def __init__(
@@ -44,12 +45,13 @@ class EmulatedLauncher:
         seed: int = 0,
         workers: int = 1,
         folder: Path | None = None,
+        texts: Path = TEXT,
     ) -> None:
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule={schedule!r}: there are {', '.join(SCHEDULES)}")
         if workers < 1 or (build != "plain" and workers != 1):
             raise ValueError(f"workers={workers} of build {build!r}: only the plain build has more than one")
-        self.toolchain = Toolchain(build, folder or folder_of_process())
+        self.toolchain = Toolchain(build, folder or folder_of_process(), texts)
         self.build, self.schedule, self.seed, self.workers = build, schedule, seed, workers
 
     def compile(self, source: str, entry: str, constants: Constants) -> EmulatedFunction | SanitizedFunction:

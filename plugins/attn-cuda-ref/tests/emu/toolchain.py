@@ -77,24 +77,25 @@ class Toolchain:
     Args:
         build: one of `BUILDS`.
         folder: where to, and where to look first.
+        texts: where a kernel's includes are.
     """
 
-    def __init__(self, build: str, folder: Path) -> None:
+    def __init__(self, build: str, folder: Path, texts: Path = TEXT) -> None:
         if build not in BUILDS:
             raise ValueError(f"build={build!r}: there are {', '.join(BUILDS)}")
         self.build = BUILDS[build]
         self.name = build
-        self.folder = folder
+        self.folder, self.texts = folder, texts
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def kernel(self, source: str, entry: str, constants: Constants) -> Path:
         """The library, or the program, of a kernel's text; raises CompileError with the compiler's words."""
         text = f"{source}\nEMU_ENTRY({entry})\n"
         macros = [f"-D{name}={value}" for name, value in constants.items()]
-        flags = [*COMMON, *processor(), *self.build.kernel, "-include", str(HERE / "cuda_on_cpu.h"), f"-I{TEXT}"]
+        flags = [*COMMON, *processor(), *self.build.kernel, "-include", str(HERE / "cuda_on_cpu.h"), f"-I{self.texts}"]
         flags += macros
         linked = self.runtime()
-        key = digest(contents(TEXT, ".cuh"), contents(HERE, ".h"), text, *flags, *map(str, linked))
+        key = digest(contents(self.texts, ".cuh"), contents(HERE, ".h"), text, *flags, *map(str, linked))
         ending, how = ("", [*self.build.program, "-pthread"]) if self.build.program else (".so", ["-shared"])
         # Compiled and linked apart: what is compiled for a sanitizer is linked with this runtime instead of its own.
         return self._made(
