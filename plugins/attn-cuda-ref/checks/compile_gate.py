@@ -92,7 +92,7 @@ class Compilation(NamedTuple):
 def compilations(architectures: tuple[str, ...]) -> Iterator[Compilation]:
     for arch, (name, bias), dtype, dim in product(architectures, biases().items(), DTYPES, DIMS):
         trained = bias is not None and bool(bias.scores)
-        for entry in (*ENTRIES, *(("simple_bias_gradient",) if trained else ())):
+        for entry in (*ENTRIES, *(("simple_exact_delta", "simple_bias_gradient") if trained else ())):
             yield Compilation(entry, name, dtype, dim, False, arch)
             if name == "none":
                 yield Compilation(entry, name, dtype, dim, True, arch)

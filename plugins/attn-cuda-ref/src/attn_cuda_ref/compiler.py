@@ -30,7 +30,7 @@ LINES = 12
 #: nvrtcResult: NVRTC_ERROR_COMPILATION
 FAILED = 6
 
-#: Of its own accord ptxas spills a few bytes where that lets one block more run at once; all registers is its word for no.
+#: Of its own accord ptxas spills a few bytes where one block more can run for it; with a limit that is none it does not.
 OPTIONS = ("--std=c++17", "--maxrregcount=255")
 INCLUDE = re.compile(r'^\s*#include "([^"]+)"', re.MULTILINE)
 

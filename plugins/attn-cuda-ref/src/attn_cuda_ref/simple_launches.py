@@ -41,7 +41,7 @@ class SimpleLaunches:
         function = self._function("simple_forward", query, head_dim_v, bias, softcap)
         operands = [*_operand(query), *_operand(key), *_operand(value), out, lse]
         function.launch(
-            _grid(batch * num_heads, seqlen_q),
+            (batch * num_heads * _tiles(seqlen_q, ROWS), 1, 1),
             BLOCK,
             forward_bytes(head_dim, head_dim_v),
             [*operands, *_sizes(query, key), *_numbers(scale, softcap), *arguments(bias)],
@@ -70,24 +70,28 @@ class SimpleLaunches:
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
 
         delta = torch.empty_like(lse)
-        function = self._function("simple_delta", query, head_dim_v, NO_BIAS, None)
-        of_out = [*_operand(grad_out), *_operand(out), grad_lse, delta, num_heads, seqlen_q]
-        function.launch(_grid(batch * num_heads, seqlen_q), BLOCK, 0, of_out)
-
-        operands = [*_operand(query), *_operand(key), *_operand(value), *_operand(grad_out), lse, delta]
+        operands = [*_operand(query), *_operand(key), *_operand(value), *_operand(grad_out), lse]
         rest = [*_numbers(scale, softcap), *arguments(bias)]
+        rows = batch * num_heads * _tiles(seqlen_q, ROWS)  # blocks of queries
 
         def launch(entry: str, blocks: int, weights: int, own: Sequence[Argument]) -> None:
             function = self._function(entry, query, head_dim_v, bias, softcap)
             shared_bytes = gradient_bytes(head_dim, head_dim_v, weights)
             function.launch((blocks, 1, 1), BLOCK, shared_bytes, [*operands, *own, *rest])
 
+        if needs[2] and query.dtype is not torch.float32:
+            launch("simple_exact_delta", rows, 0, [grad_lse, delta, *_sizes(query, key)])
+        else:
+            function = self._function("simple_delta", query, head_dim_v, NO_BIAS, None)
+            of_out = [*_operand(grad_out), *_operand(out), grad_lse, delta, num_heads, seqlen_q]
+            function.launch((rows, 1, 1), BLOCK, 0, of_out)
+        operands.append(delta)
+
         if needs[1]:
             blocks = batch * num_kv_heads * _tiles(seqlen_kv, ROWS)
             launch("simple_key_value_gradient", blocks, 2, [found[1], found[2], *_sizes(query, key)])
         if needs[0]:
-            blocks = batch * num_heads * _tiles(seqlen_q, ROWS)
-            launch("simple_query_gradient", blocks, 1, [found[0], *_sizes(query, key)])
+            launch("simple_query_gradient", rows, 1, [found[0], *_sizes(query, key)])
         if needs[2]:
             tiles = _tiles(seqlen_q, ROWS) * _tiles(seqlen_kv, walked_backward(head_dim, head_dim_v))
             own = [found[3], batch, *_sizes(query, key), *bias_sizes]
@@ -158,7 +162,3 @@ def _numbers(scale: float, softcap: float | None) -> list[Argument]:
 
 def _tiles(count: int, size: int) -> int:
     return -(-count // size)
-
-
-def _grid(heads: int, seqlen_q: int) -> tuple[int, int, int]:
-    return heads * _tiles(seqlen_q, ROWS), 1, 1
