@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from attn_core import (
@@ -25,6 +26,8 @@ from attn_core import (
     TensorBias,
     Window,
 )
+from attn_core.reference import reference_attention
+from attn_core.testing.differences import by_kernel, differences, results_of
 from attn_core.testing.problems import LAYOUTS, Inputs, Layout, build
 
 SEED = 20261121
@@ -218,3 +221,36 @@ def case(name: str, kind: Kind, dtype: torch.dtype, head_dim: int, head_dim_v: i
         layout=chance.choice(LAYOUTS),
         magnitude=chance.choice((1.0, 1.0, 1.0, 10.0)),
     )
+
+
+#: How far the LSE may lie from the reference's, for each unit of its size above 1.
+LSE_ERROR = 1e-4
+
+
+def check(case: Case, kernel_name: str) -> None:
+    """Results and gradients within the budget, LSE within LSE_ERROR, rows without keys exact, two runs equal."""
+    problem, inputs, seen = case.problem, case.inputs(), []
+
+    def kernel(x: Inputs) -> Any:
+        seen.append(by_kernel(kernel_name)(x))
+        return seen[-1]
+
+    [comparisons] = differences(problem, inputs, kernel)
+    assert all(comparisons), "\n".join(map(str, comparisons))
+
+    results = results_of(kernel, problem, inputs)
+    for first, again in zip(*(x if problem.return_lse else (x,) for x in seen)):
+        assert torch.equal(first, again)
+    assert not any(result.isnan().any() for result in results.values())
+
+    _, lse = reference_attention(
+        inputs.query, inputs.key, inputs.value, inputs.bias, scale=problem.scale, softcap=problem.softcap
+    )
+    empty = lse.isneginf()
+    if problem.return_lse:
+        assert torch.equal(results["lse"].isneginf(), empty)
+        error = (results["lse"].double() - lse)[~empty].abs()
+        assert (error <= LSE_ERROR * lse[~empty].abs().clamp(min=1.0)).all()
+    rows = empty.transpose(1, 2)
+    assert not results["out"][rows].any()
+    assert not results["dq"][rows].any()
