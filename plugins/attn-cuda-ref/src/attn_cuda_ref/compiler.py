@@ -30,8 +30,7 @@ LINES = 12
 #: nvrtcResult: NVRTC_ERROR_COMPILATION
 FAILED = 6
 
-#: Of its own accord ptxas spills a few bytes where one block more can run for it; with a limit that is none it does not.
-OPTIONS = ("--std=c++17", "--maxrregcount=255")
+OPTIONS = ("--std=c++17",)
 INCLUDE = re.compile(r'^\s*#include "([^"]+)"', re.MULTILINE)
 
 

@@ -21,7 +21,7 @@ NAMESPACE = "attn_cuda_ref"
 _BIAS = "str mask, str mask_fields, str[] scores, str[] score_fields, Tensor[] tensors, SymInt[] numbers"
 _OPTIONS = "float scale, float? softcap"
 
-_library = torch.library.Library(NAMESPACE, "DEF")
+_library: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     f"simple_forward(Tensor query, Tensor key, Tensor value, {_BIAS}, {_OPTIONS}) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -46,8 +46,10 @@ def implement(dispatch_key: str, launcher_of: Callable[[torch.device], Launcher]
         return launches.forward(query, key, value, Bias(*bias), scale, softcap)
 
     def backward(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        operands, bias, options = given[:7], given[7:13], given[13:]
-        return launches.backward(*operands, Bias(*bias), *options)
+        grad_out, grad_lse, query, key, value, out, lse, *rest = given
+        *bias, scale, softcap, needs, sizes = rest
+        operands = query, key, value, out, lse
+        return launches.backward(grad_out, grad_lse, *operands, Bias(*bias), scale, softcap, needs, sizes)
 
     _library.impl("simple_forward", forward, dispatch_key)
     _library.impl("simple_backward", backward, dispatch_key)

@@ -170,7 +170,7 @@ def _neighborhood(mask: Any, device: torch.device) -> Term:
 
 def _blocks(mask: Any, device: torch.device) -> Term:
     within = Term("Everything") if mask.within is None else _MASKS[type(mask.within)](mask.within, device)
-    tensors = (_of_rank_four(mask.blocks.to(device)),)
+    tensors: tuple[Tensor, ...] = (_of_rank_four(mask.blocks.to(device)),)
     fields = "{s}{}"
     if mask.full is not None:
         tensors, fields = (*tensors, _of_rank_four(mask.full.to(device))), "{s}{s}"

@@ -2,7 +2,7 @@
 // over the batch entries and heads that share the bias. A block has one tile of it, and adds up in a fixed order.
 #include "simple_backward.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     simple_bias_gradient(OPERAND(query), OPERAND(key), OPERAND(value), OPERAND(grad_out), const float* lse,
                          const float* delta, float* grad_logits, long long batch, long long num_heads,
                          long long heads_per_kv, long long seqlen_q, long long seqlen_kv, long long bias_batch,

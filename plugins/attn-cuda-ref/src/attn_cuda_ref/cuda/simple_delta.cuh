@@ -2,7 +2,7 @@
 // grad_out * out, less the gradient to the LSE (whose derivative by S is P). `grad_lse` is null where there is none.
 #include "simple_tile.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     simple_delta(OPERAND(grad_out), OPERAND(out), const float* grad_lse, float* delta, long long num_heads,
                  long long seqlen_q) {
   const int tiles = (int)((seqlen_q + ROWS - 1) / ROWS);

@@ -4,7 +4,7 @@
 // make. `grad_lse` is null where there is none.
 #include "simple_backward.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     simple_exact_delta(OPERAND(query), OPERAND(key), OPERAND(value), OPERAND(grad_out), const float* lse,
                        const float* grad_lse, float* delta, long long num_heads, long long heads_per_kv,
                        long long seqlen_q, long long seqlen_kv, float scale, float softcap BIAS_PARAMETERS) {

@@ -2,7 +2,7 @@
 // way, by a maximum and a sum that are put right whenever the maximum grows (Milakov and Gimelshein, arXiv:1805.02867).
 #include "simple_tile.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     simple_forward(OPERAND(query), OPERAND(key), OPERAND(value), ELEMENT* out, float* lse, long long num_heads,
                    long long heads_per_kv, long long seqlen_q, long long seqlen_kv, float scale,
                    float softcap BIAS_PARAMETERS) {

@@ -2,7 +2,7 @@
 // the group one after the other. Nothing is added up by two blocks, so two runs are equal to the bit.
 #include "simple_backward.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     simple_key_value_gradient(OPERAND(query), OPERAND(key), OPERAND(value), OPERAND(grad_out), const float* lse,
                               const float* delta, ELEMENT* grad_key, ELEMENT* grad_value, long long num_heads,
                               long long heads_per_kv, long long seqlen_q, long long seqlen_kv, float scale,

@@ -2,7 +2,7 @@
 // does. The logits are made anew, which costs less than the memory that keeping them would take.
 #include "simple_backward.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     simple_query_gradient(OPERAND(query), OPERAND(key), OPERAND(value), OPERAND(grad_out), const float* lse,
                           const float* delta, ELEMENT* grad_query, long long num_heads, long long heads_per_kv,
                           long long seqlen_q, long long seqlen_kv, float scale, float softcap BIAS_PARAMETERS) {

@@ -15,6 +15,8 @@
 #include "masks.cuh"
 #include "scores.cuh"
 
+// Kernels are bounded by __launch_bounds__(THREADS, 1): without the 1, the compiler spills a few bytes of its own accord
+// wherever one block more can run for it.
 constexpr int LANES = 8, ROWS = 16, THREADS = LANES * ROWS;
 constexpr unsigned ALL_LANES = 0xffffffff;
 
