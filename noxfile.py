@@ -312,7 +312,7 @@ def natten_old(session: nox.Session) -> None:
 
 @nox.session
 def cuda_compile(session: nox.Session) -> None:
-    """Compile every kernel of attn-cuda-ref for four architectures, without a GPU: nothing may spill up to head_dim 128.
+    """Compile every kernel of attn-cuda-ref for four architectures, without a GPU: up to head_dim 128 none may spill.
 
     Arguments go to the script: `nox -s cuda_compile -- --every 20` compiles a twentieth.
     """
