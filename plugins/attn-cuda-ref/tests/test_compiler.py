@@ -80,10 +80,11 @@ def test_a_key_depends_on_text_constants_architecture_compiler_and_headers(monke
     assert asked() == asked()
 
 
-def test_without_a_library_the_error_says_what_was_tried_and_how_to_name_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(compiler.LIBRARY, "/nowhere/libnvrtc.so.13")
+def test_without_a_library_the_error_says_what_was_tried_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "_candidates", lambda: iter(["/nowhere/libnvrtc.so.13", "/nowhere/libnvrtc.so.12"]))
     compiler.nvrtc.cache_clear()
-    with pytest.raises(CudaError, match=f"/nowhere/libnvrtc.so.13: .*{compiler.LIBRARY}"):
+    words = "/nowhere/libnvrtc.so.13: .*; /nowhere/libnvrtc.so.12: .*nvidia-cuda-nvrtc; .*LD_LIBRARY_PATH"
+    with pytest.raises(CudaError, match=words):
         compiler.nvrtc()
     compiler.nvrtc.cache_clear()
 

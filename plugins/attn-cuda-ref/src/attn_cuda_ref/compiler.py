@@ -23,8 +23,6 @@ from . import __version__
 from .errors import CompileError, CudaError
 from .launcher import TEXT, Constants
 
-#: The library, where it is not found by itself.
-LIBRARY = "ATTN_CUDA_REF_NVRTC"
 #: Lines of a log that an error quotes.
 LINES = 12
 #: nvrtcResult: NVRTC_ERROR_COMPILATION
@@ -149,8 +147,10 @@ def nvrtc() -> Nvrtc:
             return Nvrtc(_loaded(path))
         except OSError as error:
             tried.append(f"{path}: {error}")
-    where = "; ".join(tried) or "no candidate was found"
-    raise CudaError(f"cuda-ref: NVRTC cannot be loaded ({where}); {LIBRARY} may name the file libnvrtc.so.*")
+    raise CudaError(
+        f"cuda-ref: NVRTC cannot be loaded ({'; '.join(tried)}). It comes with torch for CUDA, or as the package"
+        " nvidia-cuda-nvrtc; one that lies elsewhere is found where LD_LIBRARY_PATH names its folder"
+    )
 
 
 def _loaded(path: str) -> ctypes.CDLL:
@@ -161,11 +161,7 @@ def _loaded(path: str) -> ctypes.CDLL:
 
 
 def _candidates() -> Iterator[str]:
-    """Files that may be NVRTC: the one that is named, those of packages that come with torch, those of the system."""
-    named = os.environ.get(LIBRARY)
-    if named:
-        yield named
-        return
+    """Files that may be NVRTC: those of packages that come with torch, and those that the loader finds."""
     spec = importlib.util.find_spec("nvidia")
     folders = list(spec.submodule_search_locations or ()) if spec else []
     found = [str(path) for folder in folders for path in Path(folder).glob("*/lib/libnvrtc.so.*")]
