@@ -28,8 +28,10 @@ def kernel(parameters, body):
     return f'{HEAD}extern "C" __global__ void broken({parameters}) {{\n{body}\n}}\n'
 
 
-def launch(text, *arguments, build="plain", schedule="forward", block=64, grid=1, shared=4096, **constants):
-    function = EmulatedLauncher(build, schedule=schedule).compile(text, "broken", constants)
+def launch(
+    text, *arguments, build="plain", schedule="forward", block=64, grid=1, shared=4096, patience=30, **constants
+):
+    function = EmulatedLauncher(build, schedule=schedule, patience=patience).compile(text, "broken", constants)
     function.launch((grid, 1, 1), (block, 1, 1), shared, arguments)
 
 
@@ -316,6 +318,20 @@ def test_ldmatrix_of_a_row_that_is_not_aligned_is_reported():
     assert "no multiple of 16 bytes" in fault_of(text, torch.zeros(1).int(), block=32)
 
 
+def test_a_thread_that_waits_in_a_loop_for_another_is_reported():
+    text = kernel(
+        "volatile int* flag",
+        """  if (threadIdx.x == 0) {
+    while (flag[0] == 0) flag[1]++;  // HERE
+  } else {
+    flag[0] = 1;
+  }""",
+    )
+    message = fault_of(text, torch.zeros(2).int(), patience=1)
+    assert message.startswith("this thread runs in a circle: 1 seconds without meeting another")
+    assert "thread 0 (warp 0, lane 0)" in message
+
+
 # ---- arithmetic and stack -------------------------------------------------------------------------------------------
 
 
@@ -342,6 +358,11 @@ def test_after_a_fault_the_next_launch_runs():
 def test_a_text_that_does_not_compile_says_the_line():
     with pytest.raises(CompileError, match=r"(?s)broken.*broken\.cu:3.*nonsense"):
         launch(kernel("", "  nonsense();"))
+
+
+def test_a_shared_variable_that_nobody_could_watch_does_not_compile():
+    with pytest.raises(CompileError, match="take arrays from SharedMemory"):
+        launch(kernel("", "  __shared__ float array[32]; array[0] = 1;"))
 
 
 @pytest.mark.parametrize(

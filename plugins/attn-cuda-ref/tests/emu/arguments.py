@@ -56,7 +56,7 @@ class Launch(ctypes.Structure):
         ("tensor_count", ctypes.c_int),
         ("schedule", ctypes.c_int),
         ("workers", ctypes.c_int),
-        ("unused", ctypes.c_int),
+        ("patience", ctypes.c_int),
         ("seed", ctypes.c_uint64),
         ("message", ctypes.c_char_p),
         ("message_room", ctypes.c_uint64),

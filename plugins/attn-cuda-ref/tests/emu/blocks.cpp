@@ -124,7 +124,7 @@ static void* run_blocks(void* given) {
   w.main_stack_bottom = bottom;
 #endif
   check_launch(launch);
-  Traps traps;
+  Traps traps(launch.patience);
   for (uint64_t place; (place = __atomic_fetch_add(&work.next, 1, __ATOMIC_SEQ_CST)) < blocks;) {
     if (__atomic_load_n(&faulted, __ATOMIC_SEQ_CST)) break;
     const uint64_t i = block_at(launch, place, blocks);

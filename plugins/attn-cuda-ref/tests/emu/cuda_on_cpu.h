@@ -16,6 +16,8 @@
 #define __grid_constant__
 #define __restrict__ __restrict
 #define __align__(n) __attribute__((aligned(n)))
+// Shared memory has no bounds that could be watched unless it is taken from SharedMemory.
+#define __shared__ the emulator knows no __shared__ variables: take arrays from SharedMemory;
 #define threadIdx (emu::self->thread)
 #define blockIdx (emu::self->block)
 #define blockDim (emu::self->block_size)

@@ -33,6 +33,7 @@ class EmulatedLauncher:
         schedule: which thread goes on where several can: "forward" the lowest, "backward" the highest, "random" any.
         seed: of the random schedule.
         workers: OS threads that take blocks; the checked build and the sanitizers have one.
+        patience: seconds of the CPU that a thread may run without meeting another or ending; the sanitizers have all.
         folder: of what is built; by default the one that ATTN_EMULATOR_FOLDER names, or one of this process.
         texts: where a kernel's includes are.
     """
@@ -44,6 +45,7 @@ class EmulatedLauncher:
         schedule: str = "forward",
         seed: int = 0,
         workers: int = 1,
+        patience: int = 30,
         folder: Path | None = None,
         texts: Path = TEXT,
     ) -> None:
@@ -52,7 +54,8 @@ class EmulatedLauncher:
         if workers < 1 or (build != "plain" and workers != 1):
             raise ValueError(f"workers={workers} of build {build!r}: only the plain build has more than one")
         self.toolchain = Toolchain(build, folder or folder_of_process(), texts)
-        self.build, self.schedule, self.seed, self.workers = build, schedule, seed, workers
+        self.build, self.schedule, self.seed = build, schedule, seed
+        self.workers, self.patience = workers, patience
 
     def compile(self, source: str, entry: str, constants: Constants) -> EmulatedFunction | SanitizedFunction:
         """The function `entry`, built if it is not there; raises CompileError with the compiler's words."""
@@ -91,6 +94,7 @@ class EmulatedFunction:
             tensor_count=len(regions),
             schedule=SCHEDULES.index(self.launcher.schedule),
             workers=self.launcher.workers,
+            patience=self.launcher.patience,
             seed=self.launcher.seed,
             message=ctypes.addressof(message),
             message_room=MESSAGE_ROOM,

@@ -83,6 +83,7 @@ inline void switch_fibers(Fiber* from, Fiber* to, bool ends) {
   void** save = from ? &from->stack_pointer : &w.main_stack_pointer;
   void* load = to ? to->stack_pointer : w.main_stack_pointer;
   self = to;
+  w.switches++;
 #if defined(EMU_TSAN)
   constexpr unsigned kOrdersNothing = 1;
   if (!from) w.main_tsan_fiber = __tsan_get_current_fiber();

@@ -30,7 +30,8 @@ struct Launch {  // laid out by emulator.py
   void (*call)(void** arguments);
   void** arguments;
   const Tensor* tensors;
-  int tensor_count, schedule, workers, unused;
+  int tensor_count, schedule, workers;
+  int patience;  // seconds that a thread may run without meeting another or ending
   uint64_t seed;
   char* message;  // of a fault
   uint64_t message_room;
@@ -99,6 +100,7 @@ struct Worker {
   const void* main_stack_bottom;
   size_t main_stack_size;
   uint64_t block_number;
+  uint64_t switches;  // of fibers
 };
 extern __thread Worker* worker __attribute__((tls_model("initial-exec")));
 

@@ -4,7 +4,7 @@
 #include "primitives.cuh"
 
 #ifndef TYPE
-#define TYPE f16  // or bf16
+#define TYPE f16  // or bf16, which has no arithmetic and no matrices before sm_80
 #endif
 
 // ---- numbers of 16 bits ----
@@ -128,6 +128,7 @@ extern "C" __global__ void places(long long* out, long long stride, float scale,
 }
 
 // ---- copies in the background ----
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 extern "C" __global__ void copy(const float* from, float* early, float* late, long long count) {
   SharedMemory shared;
   float* first = shared.take<float>(128);
@@ -145,6 +146,7 @@ extern "C" __global__ void copy(const float* from, float* early, float* late, lo
   for (int i = 0; i < 4; i++) late[4 * t + i] = first[4 * t + i];
   for (int i = 0; i < 3; i++) late[128 + 3 * t + i] = second[3 * t + i];
 }
+#endif
 
 // ---- approximations ----
 extern "C" __global__ void approximations(const float* given, float* powers, float* logarithms) {
