@@ -18,7 +18,7 @@ from pathlib import Path
 from .errors import CacheWarning
 
 #: The folder; empty: none is used. By default `attn/cuda-ref` in the user's folder of caches.
-FOLDER = "ATTN_CUDA_REF_CACHE"
+FOLDER = "CUDA_REF_CACHE"
 #: Bytes that all files may have together; the ones that were not read for longest go first.
 LIMIT = 256 << 20
 SUFFIX = ".cubin"
@@ -26,7 +26,7 @@ MAGIC = b"attn-cuda-ref 1\n"
 
 
 def default_folder() -> Path | None:
-    """What `ATTN_CUDA_REF_CACHE` says, or a folder in `XDG_CACHE_HOME` or ~/.cache; None where none is wanted."""
+    """What `CUDA_REF_CACHE` says, or a folder in `XDG_CACHE_HOME` or ~/.cache; None where none is wanted."""
     said = os.environ.get(FOLDER)
     if said is not None:
         return Path(said).expanduser() if said else None

@@ -114,7 +114,8 @@ def _strange_masks(mask: Mask) -> Iterator[Mask]:
         yield mask
 
 
-# Masks
+# Masks. What is kept for later calls is made on the CPU, and is there when the copy returns. Made on a device it would be
+# there for the stream of that call alone.
 
 
 def _band(mask: Any, device: torch.device) -> Term:
@@ -151,9 +152,9 @@ def _segments(mask: Any, device: torch.device) -> Term:
 
 def _tables(mask: Segments, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """The keys of each query, int32 `[2, seqlen_q]`, and which keys exist, `[seqlen_kv]`; None where all do."""
-    valid = mask.valid_keys(device)
+    valid = mask.valid_keys("cpu")
     ranges = key_ranges(numbers(mask.packed), band_of(mask.within)).to(device)
-    return ranges, None if valid is None else valid[0].contiguous()
+    return ranges, None if valid is None else valid[0].to(device)
 
 
 @lru_cache(maxsize=8)
@@ -229,7 +230,7 @@ def _slopes(bias: Any, device: torch.device) -> Term:
 
 
 def _paper_slopes(num_heads: int, device: torch.device) -> Tensor:
-    return paper_slopes(torch.arange(num_heads, device=device), num_heads, torch.float32)[None]
+    return paper_slopes(torch.arange(num_heads, device="cpu"), num_heads, torch.float32)[None].to(device)
 
 
 @lru_cache(maxsize=64)
