@@ -5,7 +5,8 @@
     python plugins/attn-cuda-ref/checks/compile_gate.py --arch sm_90a       of one architecture
 
 A text that does not compile ends it, with the compiler's words. So do spills where head_dim is at most 128: that is a
-count, the same on every machine. Registers and seconds are printed and judged by nobody.
+count, the same on every machine. Registers and seconds (of a core, which others cannot take away) are printed and judged
+by nobody.
 """
 
 from __future__ import annotations
@@ -101,14 +102,14 @@ def compilations(architectures: tuple[str, ...]) -> Iterator[Compilation]:
 
 
 def compiled(each: Compilation) -> tuple[Usage, float]:
-    """What the cubin says, and the seconds that it took."""
+    """What the cubin says, and the seconds of a core that it took."""
     bias = translated(biases()[each.bias], torch.device("cpu"))
     made = constants(each.dtype, each.head_dim, each.head_dim, bias, each.softcap)
     source = f'#include "{each.entry}.cuh"\n'
-    began = time.perf_counter()
     nvrtc = compiler.nvrtc()
+    began = time.process_time()
     cubin = nvrtc.compile(compiler.Asked.of(source, each.entry, made, each.arch, nvrtc.version))
-    return usage(cubin), time.perf_counter() - began
+    return usage(cubin), time.process_time() - began
 
 
 def main() -> int:
@@ -119,11 +120,13 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows: dict[tuple[str, int], list[tuple[Usage, float]]] = defaultdict(list)
+    by_bias: dict[str, list[float]] = defaultdict(list)
     spilled = []
     every = list(compilations(tuple(options.arch or ARCHITECTURES)))[options.first :: options.every]
     for each in every:
         found, seconds = compiled(each)
         rows[each.entry, each.head_dim].append((found, seconds))
+        by_bias[each.bias].append(seconds)
         if found.stack_bytes:
             spilled.append((each, found))
     print(f"NVRTC {'.'.join(map(str, compiler.nvrtc().version))}: {len(every)} kernels compiled")
@@ -134,6 +137,10 @@ def main() -> int:
         seconds = [taken for _, taken in values]
         told = f"{statistics.median(seconds):.2f} {max(seconds):.2f}"
         print(f"{entry:28} {dim:8} {len(values):7} {registers:9} {stack:6} {told:>25}")
+    print(f"{'bias':28} {'kernels':>16} {'seconds, median and most':>42}")
+    for bias, taken in by_bias.items():
+        told = f"{statistics.median(taken):.2f} {max(taken):.2f}"
+        print(f"{bias:28} {len(taken):16} {told:>42}")
     wrong = [(each, found) for each, found in spilled if each.head_dim <= WITHOUT_SPILLS]
     for each, found in wrong:
         print(f"spills: {each}: {found.stack_bytes} bytes of stack, {found.registers} registers")

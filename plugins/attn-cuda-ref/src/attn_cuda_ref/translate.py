@@ -114,8 +114,8 @@ def _strange_masks(mask: Mask) -> Iterator[Mask]:
         yield mask
 
 
-# Masks. What is kept for later calls is made on the CPU, and is there when the copy returns. Made on a device it would be
-# there for the stream of that call alone.
+# Masks. What is kept for later calls is made on the CPU, and is there when the copy returns. Made on a device, it would
+# be there for the stream of that call alone.
 
 
 def _band(mask: Any, device: torch.device) -> Term:
