@@ -5,8 +5,8 @@
     python plugins/attn-cuda-ref/checks/compile_gate.py --arch sm_90a       of one architecture
 
 A text that does not compile ends it, with the compiler's words. So do spills where head_dim is at most 128: that is a
-count, the same on every machine. Registers and seconds (of a core, which others cannot take away) are printed and judged
-by nobody.
+count, the same on every machine. Registers and seconds are printed and judged by nobody; the seconds are a core's own,
+so that what else runs beside does not count.
 """
 
 from __future__ import annotations
