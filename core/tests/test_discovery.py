@@ -26,11 +26,13 @@ from attn_core.testing import HELLO, fake_distribution, importable
 BUILT_IN = {
     "torch/cudnn",
     "torch/efficient",
+    "torch/fa-window",
     "torch/flash",
     "torch/flex",
     "torch/math",
     "torch/reference",
     "torch/tiled",
+    "torch/varlen",
 }
 
 

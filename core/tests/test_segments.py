@@ -541,3 +541,54 @@ def test_what_is_not_integers_is_refused(make, text):
 def test_an_unbound_one_asked_for_its_lengths_names_bind(question):
     with pytest.raises(UnboundBiasError, match=r"bind\(seqlen_q, seqlen_kv\)"):
         getattr(Segments([2, 3]), question)()
+
+
+# From the bottom right
+
+
+@pytest.mark.parametrize(
+    ("documents", "within", "same"),
+    [
+        (([3, 2],), Causal(), Causal("bottom-right")),
+        (([3, 2],), Window(1, 1), Window(1, 1, "bottom-right")),
+        (([3, 2], [5, 4]), Window(0, 2, "top-left"), Window(2, 0, "bottom-right")),
+        (([3, 2], [5, 4]), Window(None, 2, "top-left"), Causal("bottom-right")),
+        (([3, 4], [1, 2]), Causal("top-left"), Window(None, 2, "bottom-right")),
+        (([3, 2], [5, 3]), Causal("bottom-right"), Causal("bottom-right")),
+        (([3, 2], [5, 3]), None, None),
+        (([3, 0, 2], [3, 7, 2]), Causal("top-left"), Causal("bottom-right")),
+        (([3, 2], [5, 3]), Causal("top-left"), "none"),
+        (([3, 2], [5, 4]), Causal("top-left"), "none"),
+    ],
+    ids=str,
+)
+def test_a_mask_within_documents_is_said_from_the_bottom_right_where_it_can_be(documents, within, same):
+    lengths = sum(documents[0]), sum(documents[-1])
+    bias = Segments(*documents, within=within).bind(*lengths)
+    said = bias.from_bottom_right()
+    if same == "none":
+        assert said is None
+        return
+    assert said.within == same
+    assert torch.equal(said.materialize(), bias.materialize())
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_what_is_said_from_the_bottom_right_keeps_what_was_kept(seed):
+    rng = random.Random(seed)
+    more = rng.randint(-3, 3)
+    queries = [rng.randint(1, 5) for _ in range(rng.randint(1, 4))]
+    keys = [max(n + more, 0) if rng.random() < 0.9 else rng.randint(0, 5) for n in queries]
+    limits = [rng.choice((None, 0, 1, 2, 4)) for _ in range(2)]
+    bias = Segments(queries, keys, within=Window(*limits, rng.choice(("top-left", "bottom-right"))))
+    bias = bias.bind(sum(queries), sum(keys))
+    said = bias.from_bottom_right()
+    if said is None:
+        corners = [Window(left, right, "bottom-right") for left in (None, *range(9)) for right in (None, *range(9))]
+        assert not any(
+            torch.equal(Segments(queries, keys, within=each).bind(*bias.lengths).materialize(), bias.materialize())
+            for each in corners
+        )
+    else:
+        assert said.within is None or said.within.corner == "bottom-right"
+        assert torch.equal(said.materialize(), bias.materialize())

@@ -9,7 +9,8 @@ import torch
 from attn_core import Causal, Mask, Neighborhood, Problem, Segments, Window, attention, explain, kernel
 from attn_core.testing.differences import by_kernel, differences
 from attn_core.testing.problems import build
-from attn_core.torch_kernels.tiling import blocks, dense, function, runs, strips
+from attn_core.torch_kernels.tiling import blocks, boxes, dense, function, runs, strips
+from attn_core.torch_kernels.tiling.intervals import stretches, widened
 from attn_core.torch_kernels.tiling.tables import TABLES
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -352,3 +353,28 @@ def test_a_problem_without_a_mask_is_one_tile_and_for_others():
     assert all(results), "\n".join(map(str, results))
     x = torch.randn(1, 8, 2, 8)
     assert explain(x, x, x)[NAME].seconds > explain(x, x, x)["torch/flash"].seconds
+
+
+def test_strips_at_the_borders_of_a_plane_run_together_with_those_between():
+    mask = Neighborhood((56, 56), kernel_size=7).bind(56 * 56, 56 * 56)
+    (part,) = boxes.parts_of(mask, False, torch.empty(0))
+    assert part.counts == (7,)
+    assert [run.mask.shape[1] for run in part.runs] == [7, 7, 7], "a mask for each strip"
+    assert len(boxes.parts_of(mask, False, torch.empty(0), joined=False)) == 3, "two borders, and what is between"
+
+
+def test_masks_of_strips_that_would_be_large_are_shared_instead():
+    mask = Neighborhood((64, 256), kernel_size=13).bind(64 * 256, 64 * 256)
+    parts = boxes.parts_of(mask, True, torch.empty(0))
+    assert len(parts) == 3
+    assert {run.mask.shape[1] for part in parts for run in part.runs} == {1}
+
+
+def test_a_stretch_that_is_widened_has_the_same_keys():
+    first, end = torch.tensor([5, 5, 6, 7]), torch.tensor([8, 9, 9, 10])
+    (stretch,) = stretches(first, end, 4)
+    wide = widened(stretch, 7, 10)
+    assert (wide.k0, wide.columns) == (3, 7), "moved back from the end of the axis"
+    columns = wide.k0 + torch.arange(7)
+    assert wide.keep.equal((columns >= first[:, None]) & (columns < end[:, None]))
+    assert widened(stretch, stretch.columns, 10) is stretch

@@ -34,7 +34,9 @@ SIZES = ("head_dim", "head_dim_v", "num_heads", "num_kv_heads")
 WAYS = ("is", "from", "to", "multiple_of", "plus", "not_multiple_of")
 FLAGS = ("backward", "dropout", "return_lse")
 KEYS = ("kernel", "device", "compute_capability", "versions", "problem", "what", "link")
-LIBRARIES = ("torch", "cuda", "cudnn", "natten")
+#: Libraries that plugins bring, by the names of their distributions.
+OF_PLUGINS = ("natten", "flash-attn", "flash-attn-3", "flash-attn-4")
+LIBRARIES = ("torch", "cuda", "cudnn", *OF_PLUGINS)
 #: Some of PEP 440's specifiers, checked here because `packaging` is not loaded before a row may apply.
 SPECIFIERS = re.compile(r"(?:==|!=|>=|<=|>|<)\d[\w.]*(?:,(?:==|!=|>=|<=|>|<)\d[\w.]*)*")
 
@@ -208,7 +210,7 @@ def installed(library: str) -> str | None:
     """The version of a library that this torch uses, or of one that a plugin brings; None where there is none."""
     if library == "torch":
         return str(torch.__version__)
-    if library == "natten":
+    if library in OF_PLUGINS:
         return version_of(library)
     if torch.version.hip:  # names its devices "cuda", and its own libraries after NVIDIA's
         return None

@@ -13,7 +13,7 @@ from typing import Literal
 from ..errors import InputError
 
 Corner = Literal["top-left", "bottom-right"]
-CORNERS = ("top-left", "bottom-right")
+CORNERS: tuple[Corner, ...] = ("top-left", "bottom-right")
 
 
 def check_corner(kind: str, corner: str | None) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..tracing import constant
-from .diagonal import Corner, clipped_pairs, offset
+from .diagonal import CORNERS, Corner, clipped_pairs, offset
 
 #: Of a causal mask or a window: keys before the diagonal, keys behind it, and where it starts. None is no limit.
 Band = tuple["int | None", "int | None", "Corner | None"]
@@ -150,11 +150,13 @@ def without_empty(packed: bytes) -> bytes:
     return pack(seqlens_q, seqlens_kv, starts)
 
 
-def common_band(documents: Documents, bands: list[Band], diagonal: int | None = None) -> Band | None:
+def common_band(
+    documents: Documents, bands: list[Band], diagonal: int | None = None, corners: tuple[Corner, ...] = CORNERS
+) -> Band | None:
     """The simplest band that, in each document, leaves what all `bands` leave; None where no band does.
 
     The first of `bands` lies on each document's own diagonal. So do the others, or, where `diagonal` is given, on one
-    that goes through the whole sequence: it is the key that query 0 has there.
+    that goes through the whole sequence: it is the key that query 0 has there. The result starts at one of `corners`.
     """
     left_of: list[list[int]] = []  # seqlen_q, seqlen_kv, and the lowest and the highest k - i that are left
     for q0, q1, k0, k1 in zip(documents.q, documents.q[1:], documents.k0, documents.k1):
@@ -167,7 +169,6 @@ def common_band(documents: Documents, bands: list[Band], diagonal: int | None = 
         if q0 < q1 and k0 < k1:
             left_of.append([q1 - q0, k1 - k0, low, high])
     found: list[Band] = []
-    corners: tuple[Corner, ...] = ("top-left", "bottom-right")
     for corner in corners:
         before, behind = [], []
         for seqlen_q, seqlen_kv, low, high in left_of:

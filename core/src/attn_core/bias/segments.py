@@ -215,6 +215,18 @@ class Segments(Mask):
             return None
         return None if band is None else made(self.packed, mask_of(band), self.has_gaps, lengths)
 
+    def from_bottom_right(self) -> Segments | None:
+        """The same with `within` from the bottom right of each document, for kernels that know no other corner; None
+        where no such mask is the same.
+
+        Where every document has, say, two keys more than queries, Window(2, 0, "bottom-right") is
+        Window(0, 2, "top-left"), which is what it is normalized to.
+        """
+        if self.within is None or self.within.corner == "bottom-right":
+            return self
+        band = _from_bottom_right(self.packed, band_of(self.within))
+        return None if band is None else made(self.packed, mask_of(band), self.has_gaps, self.lengths)
+
     @property
     def has_padding(self) -> bool:
         return self.has_gaps
@@ -290,6 +302,11 @@ def _simplest(packed: bytes, band: Band) -> tuple[bytes, Band, int, int]:
     follow = documents.k0 == [0, *documents.k1][:-1]
     end = documents.k1[-1] if documents.k1 else 0
     return packed, simplest, len(documents.k0), end if follow else -1
+
+
+@constant
+def _from_bottom_right(packed: bytes, band: Band) -> Band | None:
+    return common_band(unpack(packed), [band], corners=("bottom-right",))
 
 
 @constant

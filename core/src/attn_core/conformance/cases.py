@@ -280,6 +280,7 @@ def examples(declared: BiasKind, problem: Problem, trains: bool) -> Iterator[Att
     if declared is Sum:
         yield Causal("top-left") + ALiBi(heads, corner="top-left")
         yield Window(6, 2, "bottom-right") + TensorBias(torch.empty(seqlen_q, seqlen_kv, device="meta"))
+        yield Causal("top-left") + TensorBias(torch.empty(problem.num_heads, seqlen_q, seqlen_kv, device="meta"))
 
 
 def _blocks(problem: Problem) -> Iterator[BlockMask]:

@@ -86,7 +86,7 @@ def _undeclared_backward(subject: Subject) -> Iterator[tuple[str, Problem]]:
         for case in subject.taken:
             bias = case.problem.bias
             if bias is not None and not covers(backward.biases, bias):
-                yield "backward.biases", replace(trained, bias=bias)
+                yield "backward.biases", replace(case.problem, requires_grad=True)
     if not backward.bias_grad and TensorBias in subject.declared.biases:
         tensor = torch.empty(trained.seqlen_q, trained.seqlen_kv, dtype=trained.dtype, device="meta")
         bias = TensorBias(tensor.requires_grad_()).bind(trained.seqlen_q, trained.seqlen_kv)
@@ -160,10 +160,10 @@ def a_call_that_it_refuses_raises(subject: Subject, case: Case) -> None:
 
 def _adaptable(subject: Subject, problem: Problem) -> bool:
     from ..registry import registry
-    from ..scope import Settings
+    from ..scope import current
     from ..select import consider
 
-    return consider(registry, subject.kernel, problem, Settings()).takes
+    return consider(registry, subject.kernel, problem, current.get().settings).takes
 
 
 @check("honesty", once)

@@ -12,7 +12,7 @@ from . import contract, honesty, manners, numbers, recorded  # noqa: F401  (impo
 from .cases import Case
 from .checks import CHECKS, Check
 from .results import CheckFailed, CheckResult, NotTestable, Status
-from .subject import Subject, registered
+from .subject import Subject, allowed, registered
 
 Progress = Callable[[CheckResult], None]
 
@@ -45,7 +45,7 @@ def check_kernel(
     """
     if isinstance(kernel, str):
         kernel = registry.kernel(kernel)
-    with registered(kernel):
+    with registered(kernel), allowed(kernel):
         subject, results = Subject(kernel, device), []
         for check, case in every_case(subject, only):
             results.append(result_of(subject, check, case))

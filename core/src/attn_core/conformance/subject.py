@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ from ..functional import attention
 from ..kernel import Kernel
 from ..problem import Problem
 from ..registry import registry
+from ..scope import allow
 from ..testing.differences import Call
 from ..testing.problems import Inputs
 from .cases import Case, base_problem, claimed_cases
@@ -115,3 +116,9 @@ def registered(kernel: Kernel) -> Iterator[Kernel]:
         return
     with registry.register(kernel):
         yield kernel
+
+
+def allowed(kernel: Kernel) -> AbstractContextManager[Any]:
+    """Within it, the kernel may run where it is approximate, too: it is held to its class."""
+    approximate = any(each.numerics == "approximate" for each in kernel.declarations)
+    return allow("approximate") if approximate else nullcontext()

@@ -19,6 +19,7 @@ from ..capabilities import ANY_DIM, Backward, Capabilities, Refusal
 from ..cost import Cost, Work
 from ..kernel import Bound, Kernel
 from ..problem import Problem
+from . import flash_limits
 from .dense import HALF, MASKED, beside, of_rank_four
 from .flash_lse import FlashWithLse
 from .measured import MEASURED
@@ -106,10 +107,7 @@ def work(problem: Problem) -> Work | None:
 
 
 def refuse(problem: Problem) -> Iterator[Refusal]:
-    small = problem.compute_capability in ((8, 6), (8, 9), (12, 0), (12, 1))
-    if problem.is_cuda and problem.needs_backward and small and 192 < problem.head_dim <= 224:
-        text = f"takes up to 192, or 225 to 256, in the backward on sm_86, sm_89 and sm_12x, got {problem.head_dim}"
-        yield Refusal("backward.head_dims", text)
+    yield from flash_limits.of_backward(problem)
     # Both ops mask before they scale: 0 * -inf is NaN, and a negative scale turns -inf into +inf.
     if problem.is_cuda and problem.scale <= 0:  # the end of the last tile is masked, too
         yield Refusal("scale", f"takes a scale above 0, got {problem.scale}")

@@ -56,7 +56,7 @@ def tiling_of(mask: Mask, query: Tensor, backward: bool, scores: Scores | None =
     small = None if scores is None else (scores.diagonal,)
 
     def made() -> Tiling:
-        found = cut(mask, backward, like, chosen)
+        found = cut(mask, backward, like, chosen, joined=scores is None)
         return found if small is None else for_scores(found, like, *small)
 
     key = mask.key, backward, small, like.dtype, like.device, None if chosen is OWN else chosen
@@ -81,11 +81,11 @@ def for_scores(found: Tiling, like: Tensor, diagonal: int | None) -> Tiling:
     return replace(found, parts=tuple(parts))
 
 
-def cut(mask: Mask, backward: bool, like: Tensor, chosen: Tiles = OWN) -> Tiling:
-    """The tiles of `mask`, their masks as `like` in dtype and device."""
+def cut(mask: Mask, backward: bool, like: Tensor, chosen: Tiles = OWN, *, joined: bool = True) -> Tiling:
+    """The tiles of `mask`, their masks as `like` in dtype and device; `joined` as in `parts_of`."""
     seqlen_q = mask.bound_lengths()[0]
     if type(mask) is Neighborhood:
-        return Tiling(tuple(parts_of(mask, backward, like, chosen)), covers=True, joins=False)
+        return Tiling(tuple(parts_of(mask, backward, like, chosen, joined=joined)), covers=True, joins=False)
     if type(mask) is Causal:
         return of_runs(causal_runs(mask), seqlen_q)
     if type(mask) is Segments:

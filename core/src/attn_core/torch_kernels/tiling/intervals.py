@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ...bias import Causal, Intersection, Mask, Window
 
@@ -94,3 +95,17 @@ def _of_equal_rows(first: Tensor, end: Tensor, q0: int) -> list[Stretch]:
             found.append(Stretch(at, rows, lows[begin], widths[begin], tile - begin, step, None if full else keep))
         begin = tile
     return found
+
+
+def widened(stretch: Stretch, columns: int, length: int) -> Stretch:
+    """The same tiles with more columns, of keys on an axis of `length`; what is read beside is masked."""
+    last = stretch.k0 + (stretch.count - 1) * stretch.k_step
+    before = max(0, last + columns - length)
+    behind = columns - stretch.columns - before
+    if before == behind == 0:
+        return stretch
+    assert before <= stretch.k0, f"{columns} columns do not fit on an axis of {length}"
+    keep = stretch.keep
+    if keep is None:
+        keep = torch.ones(stretch.rows, stretch.columns, dtype=torch.bool, device="cpu")
+    return stretch._replace(k0=stretch.k0 - before, columns=columns, keep=pad(keep, (before, behind)))

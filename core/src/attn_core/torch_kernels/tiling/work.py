@@ -63,7 +63,7 @@ def _of(problem: Problem, mask: Mask | None, *, backward: bool) -> Work:
     for part in tiling.parts:
         strips = 1
         if isinstance(part, Strips):
-            strips = prod(stretch.count for stretch in part.across)
+            strips = prod(part.counts)
             parts += COPIES
             copied += _into_strips(part, backward)
         lanes = strips * problem.num_heads * problem.batch
@@ -82,8 +82,8 @@ def _of(problem: Problem, mask: Mask | None, *, backward: bool) -> Work:
 
 def _into_strips(part: Strips, backward: bool) -> float:
     """Rows that are copied into strips: query and out, key and value; in the backward, their gradients as well."""
-    queries = prod(stretch.count * stretch.rows for stretch in part.across)
-    keys = prod(stretch.count * stretch.columns for stretch in part.across)
+    queries = prod(count * axis[0].rows for count, axis in zip(part.counts, part.across))
+    keys = prod(count * axis[0].columns for count, axis in zip(part.counts, part.across))
     extent = part.extents[0] / part.steps[0]
     return (2 if backward else 1) * extent * 2 * (queries + keys)
 

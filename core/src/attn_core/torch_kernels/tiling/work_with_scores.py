@@ -110,10 +110,10 @@ def _operands(problem: Problem, scores: Scores, backward: bool) -> Operands:
 
 
 def _of_strips(part: Strips, operands: Operands) -> Iterator[Lanes]:
-    for query_places, key_places, heads, (query, key, *_) in part.cuts(operands):
-        scores = part.scores_of(operands, query_places, key_places, heads)
+    for cut, (query, key, *_) in part.cuts(operands):
+        scores = part.scores_of(operands, cut)
         assert scores is not None
-        strips = prod(count for _, _, count, _ in query_places)
+        strips = prod(cut.counts)
         rows, columns = (tokens.shape[1] for tokens in (scores.q, scores.k))
         of_query, of_key = (
             x.flatten()[:1].expand(strips * x.shape[0] * x.shape[1], n, x.shape[-1])

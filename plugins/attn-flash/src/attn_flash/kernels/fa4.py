@@ -1,0 +1,102 @@
+"""flash/fa4: FlashAttention-4, for Hopper and Blackwell, compiled from Python (CuTe DSL) when it is first used.
+
+It says None where FlashAttention-2 says -1, and always returns two values. It has neither dropout nor ALiBi (its
+`score_mod` could say the latter, as a function in another language). Its kernels for sm_8x and sm_12x are other ones,
+young, and without pages, and are not declared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from attn_core import (
+    Backward,
+    Cached,
+    Capabilities,
+    Causal,
+    Kernel,
+    KeyPadding,
+    Paged,
+    Problem,
+    Refusal,
+    Segments,
+    Unusable,
+    Window,
+)
+from attn_core.bias import AttnBias
+
+from .. import library
+from . import masks, priors
+from .fa2 import HALF
+from .fa3 import has_cache
+
+IN_BACKWARD: frozenset[type[AttnBias] | AttnBias] = frozenset({Causal("bottom-right"), Window, Segments})
+BIASES: frozenset[type[AttnBias] | AttnBias] = frozenset({*IN_BACKWARD, KeyPadding, Cached, Paged})
+#: Of Blackwell, which has the common sizes and two more.
+BLACKWELL_DIMS = frozenset({*range(8, 129, 8), 192, 256})
+
+
+def probe() -> Unusable | None:
+    """Whether FlashAttention-4 is there, with what it is compiled by."""
+    return library.unusable(library.FA4)
+
+
+def refuse(problem: Problem) -> Iterator[Refusal]:
+    """What the declarations cannot say."""
+    yield from masks.refusals(problem)
+    yield from masks.refusals_of_corners(problem)
+    yield from masks.refusals_of_gaps(problem, in_forward=False)
+    if problem.compute_capability is not None and problem.compute_capability >= (10, 0):
+        yield from _refusals_of_blackwell(problem)
+
+
+def _refusals_of_blackwell(problem: Problem) -> Iterator[Refusal]:
+    dim, dim_v = problem.head_dim, problem.head_dim_v
+    if not (dim <= 128 and dim_v <= 128) and (dim, dim_v) not in ((192, 128), (256, 256)):
+        text = "takes head_dim and head_dim_v up to 128, or 192 with 128, or 256 with 256"
+        yield Refusal("head_dim_v", f"{text}, got {dim} with {dim_v}")
+    if dim == 256 and problem.softcap is not None:
+        yield Refusal("softcap", f"takes no softcap with head_dim 256, got {problem.softcap:g}")
+    if dim == 256 and has_cache(problem):
+        yield Refusal("bias", f"takes no cache, pages or padding with head_dim 256, got {problem.bias!r}")
+    if dim == 256 and problem.needs_backward and problem.return_lse:
+        yield Refusal("lse_grad", "does not differentiate through the LSE with head_dim 256, and a gradient is needed")
+
+
+HOPPER = Capabilities(
+    devices={"cuda"},
+    dtypes=HALF,
+    head_dims=range(8, 257, 8),
+    head_dims_v=range(8, 257, 8),
+    biases=BIASES,
+    backward=Backward(biases=IN_BACKWARD, lse_grad=True, deterministic=True),
+    gqa=True,
+    softcap=True,
+    return_lse=True,
+    deterministic=True,
+    min_compute_capability=(9, 0),
+    max_compute_capability=(9, 0),
+)
+BLACKWELL = Capabilities(
+    devices={"cuda"},
+    dtypes=HALF,
+    head_dims=BLACKWELL_DIMS,
+    head_dims_v=BLACKWELL_DIMS,
+    biases=BIASES,
+    backward=Backward(biases=IN_BACKWARD, lse_grad=True, deterministic=True),
+    gqa=True,
+    softcap=True,
+    return_lse=True,
+    deterministic=True,
+    min_compute_capability=(10, 0),
+    max_compute_capability=(11, 0),
+)
+KERNEL = Kernel(
+    name="flash/fa4",
+    run="attn_flash.kernels.run_fa4:run",
+    capabilities=(HOPPER, BLACKWELL),
+    refuse=refuse,
+    probe=probe,
+    costs={"cuda": priors.FA4},
+    skips={Causal, Window, Segments, Cached, Paged},
+)

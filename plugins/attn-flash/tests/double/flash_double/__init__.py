@@ -1,0 +1,1 @@
+"""What the doubles of FlashAttention in this folder share."""

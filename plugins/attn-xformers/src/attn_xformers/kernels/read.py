@@ -1,0 +1,176 @@
+"""What a pair of operators can do, read from their class attributes, and from what they answer of sizes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from attn_core import Backward, Cached, Capabilities, Causal, KeyPadding, Problem, Refusal, Segments, TensorBias, Window
+from attn_core.bias import Sum
+from attn_core.bias.zero_padded import ZeroPadded
+from attn_core.capabilities import BiasKind
+
+from . import asked
+from .forms import Form
+from .operators import Manners, Pair
+
+#: Float8 tensors come with scales of their own, which nothing here gives.
+DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
+#: Sizes up to this are asked for one by one; what is regular so far goes on.
+LARGEST_ASKED = 512
+STEP = 8
+
+TOP_LEFT, BOTTOM_RIGHT = Causal("top-left"), Causal("bottom-right")
+
+#: xFormers' class -> what of ours it may say.
+SAYS: dict[str, frozenset[BiasKind]] = {
+    "Tensor": frozenset({TensorBias}),
+    "LowerTriangularMask": frozenset({TOP_LEFT}),
+    "LowerTriangularMaskWithTensorBias": frozenset({Sum}),
+    "LowerTriangularFromBottomRightMask": frozenset({BOTTOM_RIGHT}),
+    "LowerTriangularFromBottomRightLocalAttentionMask": frozenset({Window}),
+    "LocalAttentionFromBottomRightMask": frozenset({Window, TOP_LEFT, BOTTOM_RIGHT}),
+    "BlockDiagonalMask": frozenset({Segments}),
+    "BlockDiagonalCausalMask": frozenset({Segments, TOP_LEFT}),
+    "BlockDiagonalCausalFromBottomRightMask": frozenset({Segments, BOTTOM_RIGHT}),
+    "BlockDiagonalCausalLocalAttentionMask": frozenset({Segments, Window}),
+    "BlockDiagonalCausalLocalAttentionFromBottomRightMask": frozenset({Segments, Window}),
+    "BlockDiagonalGappyKeysMask": frozenset({Segments}),
+    "BlockDiagonalCausalWithOffsetGappyKeysMask": frozenset({Segments}),
+    "BlockDiagonalPaddedKeysMask": frozenset({KeyPadding}),
+    "BlockDiagonalCausalWithOffsetPaddedKeysMask": frozenset({Cached, BOTTOM_RIGHT}),
+    "BlockDiagonalLocalAttentionPaddedKeysMask": frozenset({Cached, Window, TOP_LEFT, BOTTOM_RIGHT}),
+    "BlockDiagonalCausalLocalAttentionPaddedKeysMask": frozenset({Cached, Window}),
+}
+#: Of an operator that masks padding only: these wait until it was zeroed.
+PADDED: frozenset[BiasKind] = frozenset({KeyPadding, Cached})
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatorCapabilities(Capabilities):
+    """What a pair of operators can do. `gqa_backward`: also with gradients; xFormers says that apart."""
+
+    gqa_backward: bool = False
+
+    def refusals(self, problem: Problem) -> list[Refusal]:
+        found = super().refusals(problem)
+        grouped = problem.num_kv_heads != problem.num_heads
+        if grouped and problem.needs_backward and self.gqa and self.backward and not self.gqa_backward:
+            text = f"takes in the backward num_kv_heads equal to num_heads={problem.num_heads}"
+            found.append(Refusal("num_kv_heads", f"{text}, got {problem.num_kv_heads}"))
+        return found
+
+
+@functools.cache
+def capabilities(
+    pair: Pair, dtype: torch.dtype | None = None, device: str | None = None, capability: tuple[int, int] | None = None
+) -> OperatorCapabilities:
+    """What the pair can do with operands of that dtype on such a device; None: the first that it takes."""
+    forward, backward = pair.forward, pair.backward
+    dtypes = frozenset(forward.SUPPORTED_DTYPES) & DTYPES
+    of_size = next(
+        each for each in (dtype, torch.float16, torch.float32, torch.bfloat16) if each is not None and each in dtypes
+    )
+    of_device = device if device in forward.SUPPORTED_DEVICES else min(forward.SUPPORTED_DEVICES)
+    where = asked.device_of(str(of_device), capability)
+    dims = sizes(forward, of_size, where)
+    on_rocm = torch.version.hip is not None  # whose devices have numbers of their own, which no operator limits
+    return OperatorCapabilities(
+        devices=frozenset(forward.SUPPORTED_DEVICES),
+        dtypes=dtypes,
+        head_dims=dims,
+        head_dims_v=dims if forward.SUPPORTS_DIFFERENT_VALUE_EMBED else None,
+        biases=kinds(forward, pair.manners),
+        backward=None if backward is None else _backward(pair, of_size, where, dims),
+        gqa=forward.SUPPORTS_BMGHK,
+        gqa_backward=backward is not None and backward.SUPPORTS_BMGHK,
+        dropout=forward.SUPPORTS_DROPOUT,
+        return_lse=pair.manners.gives_lse,
+        deterministic=forward.IS_DETERMINISTIC,
+        min_compute_capability=None if on_rocm else tuple(forward.CUDA_MINIMUM_COMPUTE_CAPABILITY),
+        max_compute_capability=None if on_rocm else forward.CUDA_MAXIMUM_COMPUTE_CAPABILITY,
+    )
+
+
+def _backward(pair: Pair, dtype: torch.dtype, where: torch.device | None, dims_of_forward: Collection[int]) -> Backward:
+    backward = pair.backward
+    dims = sizes(backward, dtype, where)
+    dtypes = frozenset(backward.SUPPORTED_DTYPES) & DTYPES
+    biases = kinds(backward, pair.manners)
+    return Backward(
+        dtypes=dtypes,
+        head_dims=None if dims == dims_of_forward else dims,
+        biases=biases,
+        bias_grad=bool(backward.SUPPORTS_ATTN_BIAS_GRAD) and TensorBias in biases,
+        deterministic=backward.IS_DETERMINISTIC,
+        min_compute_capability=None if torch.version.hip else tuple(backward.CUDA_MINIMUM_COMPUTE_CAPABILITY),
+    )
+
+
+def kinds(operator: Any, manners: Manners) -> frozenset[BiasKind]:
+    """The kinds of ours that an operator's classes say, at some lengths at least."""
+    says: set[BiasKind] = set()
+    for each in operator.SUPPORTED_ATTN_BIAS_TYPES:
+        says |= SAYS.get(each.__name__, frozenset())
+    if not manners.never_reads_padding and says & PADDED:
+        says = says - PADDED | {ZeroPadded}
+    if says >= {TOP_LEFT, BOTTOM_RIGHT}:
+        says = says - {TOP_LEFT, BOTTOM_RIGHT} | {Causal}
+    return frozenset(says)
+
+
+def sizes(operator: Any, dtype: torch.dtype, where: torch.device | None) -> Collection[int]:
+    """The head_dims that an operator takes in the plainest problem of that dtype."""
+    low, high = max(1, int(operator.SUPPORTED_MIN_K)), int(operator.SUPPORTED_MAX_K)
+    takes = _asker(operator, dtype, where)
+    whole = [dim for dim in range(STEP, min(high, LARGEST_ASKED) + 1, STEP) if dim >= low]
+    found = [dim for dim in whole if takes(dim)]
+    if found != whole or not found:
+        return frozenset(found or [dim for dim in range(low, min(high, LARGEST_ASKED) + 1) if takes(dim)] or {high})
+    step = next((step for step in (1, 2, 4) if found[-1] - step >= low and takes(found[-1] - step)), STEP)
+    return range(-(-low // step) * step, high + 1, step)
+
+
+def _asker(operator: Any, dtype: torch.dtype, where: torch.device | None) -> Callable[[int], bool]:
+    """Whether it takes that head_dim. Without such a device, by what it says of shapes alone."""
+    if where is None:
+        return lambda dim: not operator.shape_not_supported_reasons(Mq=64, Mkv=64, K=dim, Kv=dim)
+
+    def asks(dim: int) -> list[str]:
+        problem = Problem(
+            batch=1,
+            seqlen_q=64,
+            seqlen_kv=64,
+            num_heads=1,
+            num_kv_heads=1,
+            head_dim=dim,
+            head_dim_v=dim,
+            dtype=dtype,
+            device=where.type,
+        )
+        return asked.reasons(operator, asked.stand_ins(problem, Form(kind="NoneType"), where), 0.0, None)
+
+    #: What stands against any size, as a dtype that this device does not have.
+    always = set(asks(64)) & set(asks(128)) & set(asks(STEP))
+    return lambda dim: not set(asks(dim)) - always
+
+
+def widest(backward: bool, manners: Manners) -> OperatorCapabilities:
+    """What is declared of an operator before xFormers was imported: all that this plugin can translate. What the
+    operator says counts from the moment at which it is first weighed."""
+    return OperatorCapabilities(
+        devices=frozenset({"cuda"}),
+        dtypes=DTYPES,
+        head_dims=range(1, (1 << 16) + 1),
+        head_dims_v=range(1, (1 << 16) + 1),
+        biases=frozenset({Causal, Window, Segments, KeyPadding, Cached, ZeroPadded, TensorBias, Sum}),
+        backward=Backward(bias_grad=True, deterministic=True) if backward else None,
+        gqa=True,
+        gqa_backward=backward,
+        dropout=True,
+        return_lse=manners.gives_lse,
+        deterministic=True,
+    )

@@ -1,0 +1,5 @@
+"""Operations: only attention."""
+
+from . import fmha
+
+__all__ = ["fmha"]
