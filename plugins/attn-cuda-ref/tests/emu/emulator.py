@@ -59,18 +59,19 @@ class EmulatedLauncher:
 
     def compile(self, source: str, entry: str, constants: Constants) -> EmulatedFunction | SanitizedFunction:
         """The function `entry`, built if it is not there; raises CompileError with the compiler's words."""
-        path = self.toolchain.kernel(source, entry, constants)
+        runtime = self.toolchain.runtime()
+        path = self.toolchain.kernel(source, entry, constants, runtime)
         if self.toolchain.build.program:
             return SanitizedFunction(entry, path, self.build, SCHEDULES.index(self.schedule), self.seed)
-        return EmulatedFunction(entry, path, self)
+        return EmulatedFunction(entry, path, runtime[0], self)
 
 
 class EmulatedFunction:
     """An entry in a library."""
 
-    def __init__(self, entry: str, path: Path, launcher: EmulatedLauncher) -> None:
+    def __init__(self, entry: str, path: Path, runtime: Path, launcher: EmulatedLauncher) -> None:
         self.entry, self.path, self.launcher = entry, path, launcher
-        self._library, self._launch = load(path, launcher.toolchain.runtime()[0])
+        self._library, self._launch = load(path, runtime)
         self._codes = parameter_codes(self._library)
         self._call = ctypes.cast(self._library.emu_call, ctypes.c_void_p)
 

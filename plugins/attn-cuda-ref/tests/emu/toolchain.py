@@ -88,14 +88,16 @@ class Toolchain:
         self.folder, self.texts = folder, texts
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
-    def kernel(self, source: str, entry: str, constants: Constants) -> Path:
-        """The library, or the program, of a kernel's text; raises CompileError with the compiler's words."""
+    def kernel(self, source: str, entry: str, constants: Constants, runtime: list[Path]) -> Path:
+        """The library, or the program, of a kernel's text, linked with what `runtime` gave.
+
+        Raises CompileError with the compiler's words.
+        """
         text = f"{source}\nEMU_ENTRY({entry})\n"
         macros = [f"-D{name}={value}" for name, value in constants.items()]
         flags = [*COMMON, *processor(), *self.build.kernel, "-include", str(HERE / "cuda_on_cpu.h"), f"-I{self.texts}"]
         flags += macros
-        linked = self.runtime()
-        key = digest(contents(self.texts, ".cuh"), contents(HERE, ".h"), text, *flags, *map(str, linked))
+        key = digest(contents(self.texts, ".cuh"), contents(HERE, ".h"), text, *flags, *map(str, runtime))
         ending, how = ("", [*self.build.program, "-pthread"]) if self.build.program else (".so", ["-shared"])
         # Compiled and linked apart: what is compiled for a sanitizer is linked with this runtime instead of its own.
         return self._made(
@@ -111,7 +113,7 @@ class Toolchain:
                     "-o",
                     str(folder / "kernel.o"),
                 ],
-                ["g++", *how, str(folder / "kernel.o"), *map(str, linked), "-o", str(folder / "made")],
+                ["g++", *how, str(folder / "kernel.o"), *map(str, runtime), "-o", str(folder / "made")],
             ],
         )
 
