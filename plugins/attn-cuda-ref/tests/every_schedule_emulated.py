@@ -20,8 +20,9 @@ from emu.toolchain import missing_tool
 from simple_directly import directly
 from simple_problems import PROBLEMS
 
-if missing_tool():
-    pytest.skip(f"the emulator cannot be built: {missing_tool()}", allow_module_level=True)
+for build_name in ("plain", "tsan", "asan"):
+    if missing_tool(build_name):
+        pytest.skip(f"the emulator cannot be built: {missing_tool(build_name)}", allow_module_level=True)
 
 
 @pytest.fixture(params=PROBLEMS)

@@ -17,8 +17,9 @@ from emu.emulator import SCHEDULES, EmulatedLauncher
 from emu.faults import KernelError
 from emu.toolchain import missing_tool
 
-if missing_tool():
-    pytest.skip(f"the emulator cannot be built: {missing_tool()}", allow_module_level=True)
+for build_name in ("plain", "tsan", "asan"):
+    if missing_tool(build_name):
+        pytest.skip(f"the emulator cannot be built: {missing_tool(build_name)}", allow_module_level=True)
 
 PROBES = (Path(__file__).parent / "gpu" / "probes.cu").read_text()
 EXCHANGE = """#include "primitives.cuh"

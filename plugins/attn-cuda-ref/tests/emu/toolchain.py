@@ -23,6 +23,8 @@ from attn_cuda_ref.launcher import TEXT, Constants
 
 HERE = Path(__file__).parent
 RUNTIME = ("blocks.cpp", "schedule.cpp", "meetings.cpp", "exchange.cpp", "memory.cpp", "faults.cpp")
+#: Version of g++.
+OLDEST = 12
 #: How many lines of the compiler's log an error shows.
 LOG_LINES = 20
 
@@ -64,11 +66,25 @@ BUILDS = {
 }
 
 
-def missing_tool() -> str | None:
-    """What the emulator needs and this machine lacks, or None."""
-    if platform.machine() not in ("x86_64", "aarch64"):
-        return f"no context switch for {platform.machine()}"
-    return None if shutil.which("g++") else "no g++"
+@cache
+def missing_tool(build: str = "plain") -> str | None:
+    """What a build needs and this machine lacks, or None."""
+    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"):
+        return f"it runs on Linux, on x86_64 and aarch64, and this is {platform.system()} on {platform.machine()}"
+    if not shutil.which("g++"):
+        return "there is no g++"
+    version = asked("g++", "-dumpversion").partition(".")[0]
+    if int(version) < OLDEST:
+        return f"g++ is {version}, and {OLDEST} is the first that has 16-bit numbers"
+    for flag in BUILDS[build].program:
+        library = f"lib{build}.so"
+        if flag.startswith("-fsanitize") and not Path(asked("g++", f"-print-file-name={library}")).is_absolute():
+            return f"g++ has no {library}"
+    return None
+
+
+def asked(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 class Toolchain:
