@@ -38,8 +38,8 @@ TIMM = ("timm==1.0.31", "torchvision==0.28.0")
 #: Compared with attn-natten, in tests and in the benchmark: the last release that has unfused ops and kernels for CPUs,
 #: and one of those since. Both go by the name natten, so each is installed into a folder of its own.
 NATTEN_OLD, NATTEN = "natten==0.17.5", "natten==0.21.7"
-#: The Python files of the first run over a double of its extension: built without CUDA, that is all there is of it. Of
-#: the second, which needs a compiler of 260 MB, the source is read.
+#: Their Python files run over doubles of their kernels: all that there is of the first, built without CUDA; of the
+#: second, which needs a compiler of 260 MB, what can do without it.
 FLASH, FLASH_4 = "flash-attn==2.8.3", "flash-attn-4==4.0.0b36"
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 SOURCES = ("core", "plugins", "tests", "benchmarks", "docs", "gpu", "noxfile.py")
@@ -322,7 +322,7 @@ def natten_old(session: nox.Session) -> None:
 
 @nox.session
 def flash(session: nox.Session) -> None:
-    """Run attn-flash's kernels, FA2's through FlashAttention 2.8.3 itself, over doubles in torch: no CUDA; minutes."""
+    """Run attn-flash with the real Python of FlashAttention 2 and 4, over doubles of their kernels; no CUDA."""
     install_torch(session)
     install(session, "-e", "core[test]", "-e", "plugins/attn-flash[test]")
     without_cuda = {"FLASH_ATTENTION_FORCE_BUILD": "TRUE", "FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE"}

@@ -56,6 +56,24 @@ def test_a_right_kernel_passes_every_check(of_the_good):
     )
 
 
+def test_a_kernel_is_held_to_what_it_declares_once_it_was_weighed():
+    """Some declare more exactly when their library is imported, which a probe may do."""
+    imported = []
+
+    class Lazy(Kernel):
+        @property
+        def declarations(self):
+            [declared] = super().declarations
+            return (replace(declared, head_dims=frozenset({32})) if imported else declared,)
+
+    good = {field.name: getattr(saboteurs.GOOD, field.name) for field in fields(Kernel)}
+    kernel = Lazy(**good | {"name": "toy/lazy", "probe": lambda: imported.append("library")})
+    [result] = check_kernel(kernel, only="takes_what_it_claims")
+    assert result.status == "passed", result
+    sizes = {case.problem.head_dim for case in claimed_cases(kernel, "cpu")}
+    assert (imported, sizes) == (["library"], {32})
+
+
 def test_a_right_kernel_that_reads_pages_prefixes_and_blocks_passes_every_check():
     results = check_kernel(saboteurs.GOOD_RARE)
     assert all(results), told(results)

@@ -219,7 +219,7 @@ def test_pages_have_no_backward(flash):
     else:
         used = {"seqused_k": int32([3]), "page_table": int32([[1]])}
         out, _ = flash.flash_attn_varlen_func(q, pages, pages.clone(), **used)
-        with pytest.raises(RuntimeError, match="k must have shape"):
+        with pytest.raises(AssertionError):
             out.sum().backward()
 
 
@@ -234,7 +234,7 @@ def test_in_fa4_minus_1_beside_a_limit_is_a_limit(flash):
 @only("fa3", "fa4")
 def test_what_a_stand_in_leaves_out_is_refused_by_name(flash):
     x = randn(1, 2, 2, 16)
-    with pytest.raises(NotImplementedError, match="qv: this stand-in"):
+    with pytest.raises(NotImplementedError, match="qv: this (stand-in|double)"):
         flash.flash_attn_func(x, x, x, qv=x)
 
 

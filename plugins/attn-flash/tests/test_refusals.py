@@ -42,10 +42,10 @@ UNEVEN = {"seqlen_q": 100, "seqlen_kv": 128}
 TABLE = torch.tensor([[0, 1], [2, 3]])
 
 
-@pytest.fixture(autouse=True)
-def libraries(tmp_path):
+@pytest.fixture(scope="module", autouse=True)
+def libraries(tmp_path_factory):
     """All three, of the versions that the doubles are of."""
-    with doubled(tmp_path, "fa2", "fa3", "fa4"):
+    with doubled(tmp_path_factory.mktemp("libraries"), *BY_NAME):
         yield
 
 

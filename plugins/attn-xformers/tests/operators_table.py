@@ -26,7 +26,7 @@ NO = "·"
 
 def operators() -> list[list[str]]:
     """A row for each kernel."""
-    rows = [["kernel", "operators", "CUDA", "dtypes", "head_dim", "also", "gradients"]]
+    rows = [["kernel", "operators", "devices", "dtypes", "head_dim", "also", "gradients"]]
     for operator, pair, declared in each():
         low, high = declared.min_compute_capability, declared.max_compute_capability
         assert low is not None
@@ -50,7 +50,7 @@ def operators() -> list[list[str]]:
             [
                 f"`xformers/{operator.name}`",
                 ", ".join(f"`{without_version(name)}`" for name in names),
-                f"sm_{low[0]}{low[1]}" + (" and later" if high is None else f" to sm_{high[0]}{high[1]}"),
+                "ROCm" if operator.needs == "ROCm" else devices(low, high),
                 listed(declared.dtypes),
                 sizes(declared.head_dims),
                 ", ".join(word for word, given in words.items() if given),
@@ -68,7 +68,7 @@ def classes() -> list[list[str]]:
     )
     rows = [["bias class", "said of", *(operator.name for operator, _, _ in found)]]
     for name in names:
-        said = "no bias" if name == "NoneType" else listed(read.SAYS.get(name, frozenset())) or NO
+        said = "no bias" if name == "NoneType" else listed(says(name)) or NO
         row = [f"`{name}`", said]
         for _, pair, _ in found:
             forward, backward = (lists(operator, name) for operator in (pair.forward, pair.backward))
@@ -78,13 +78,23 @@ def classes() -> list[list[str]]:
 
 
 def each():
-    """(operator, its classes, what it declares) of every kernel, on a device that it takes."""
+    """(operator, its classes, what it declares) of every kernel, on sm_90, or its first device where that is newer."""
     for operator in OPERATORS:
         with a_gpu((9, 0)) as pairs:
-            low = max((8, 0), tuple(pairs[operator.name].forward.CUDA_MINIMUM_COMPUTE_CAPABILITY))
+            low = max((9, 0), tuple(pairs[operator.name].forward.CUDA_MINIMUM_COMPUTE_CAPABILITY))
         with a_gpu(low) as pairs:
             pair = pairs[operator.name]
             yield operator, pair, read.capabilities(pair, torch.float16, "cuda", low)
+
+
+def devices(low, high):
+    """Compute capabilities, in words."""
+    return f"sm_{low[0]}{low[1]} " + ("and later" if high is None else f"to sm_{high[0]}{high[1]}")
+
+
+def says(name):
+    """The kinds of ours that a class says, to some operator at least."""
+    return read.SAYS.get(name, frozenset()) | read.INSTEAD_OF_TENSOR.get(name, frozenset())
 
 
 def lists(operator, name):

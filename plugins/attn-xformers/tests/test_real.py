@@ -18,6 +18,7 @@ import pytest
 import torch
 from attn_core import Cached, Causal, KeyPadding, Problem, Segments, TensorBias, Window
 from attn_core.bias import AttnBias
+from attn_core.conformance import check_kernel
 from attn_xformers import library
 from attn_xformers.kernels import KERNELS, asked, limits, operands, reasons
 from attn_xformers.kernels import forms as all_forms
@@ -32,6 +33,7 @@ pytestmark = pytest.mark.skipif(not IS_REAL, reason="xFormers is not installed; 
 
 SEED = 20261121
 BY_NAME = {kernel.name.partition("/")[2]: kernel for kernel in KERNELS}
+OF_NAME = {operator.name: operator for operator in OPERATORS}
 CAPABILITIES = ((6, 0), (7, 5), (8, 0), (8, 6), (9, 0), (10, 0), (12, 0))
 DIMS = (4, 8, 12, 16, 20, 32, 40, 48, 64, 72, 96, 100, 128, 136, 160, 192, 224, 256, 257, 264, 512, 520, 1024)
 DTYPES = (*[torch.float16] * 4, torch.bfloat16, torch.bfloat16, torch.float32, torch.float64)
@@ -95,6 +97,21 @@ def test_the_documented_tables_are_what_the_class_attributes_say(fmha):
     text = operators_table.PAGE.read_text(encoding="utf-8")
     command = "python plugins/attn-xformers/tests/operators_table.py"
     assert operators_table.written(text) == text, f"docs/reference/xformers.md is out of step: run `{command}`"
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_what_is_declared_for_a_gpu_is_taken_there_and_the_rest_refused_by_its_field(fmha, name):
+    """The conformance kit's questions to the real operators; no call is made."""
+    low = max((8, 0), tuple(OF_NAME[name].pair().forward.CUDA_MINIMUM_COMPUTE_CAPABILITY))
+    with a_gpu(low):
+        for check in ("takes_what_it_claims", "refuses_what_it_does_not_claim", "its_reasons_can_be_read"):
+            [result] = check_kernel(BY_NAME[name], device="cuda", only=check)
+            if name == "ck-splitk" and check == "takes_what_it_claims":  # both with one query alone, which is not tried
+                assert len(result.reason.splitlines()) == 2
+                assert "gqa is declared" in result.reason
+                assert 'biases: Causal("bottom-right") is declared' in result.reason
+            else:
+                assert result.status == "passed", str(result)
 
 
 # The sweep
@@ -195,6 +212,8 @@ def said_by_operators(pair: Pair, problem: Problem) -> dict[str, list[str]]:
     for form in all_forms.forms(p.bias, p.batch, p.seqlen_q, p.seqlen_kv):
         if form.kind == all_forms.NO_BIAS and pair.manners.needs_lengths:
             continue  # it says yes, and raises
+        if form.instead_of_tensor and torch.Tensor in pair.forward.SUPPORTED_ATTN_BIAS_TYPES:
+            continue  # it gets a tensor
         try:
             form.made(query.device)
         except (ValueError, RuntimeError):

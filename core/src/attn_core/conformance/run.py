@@ -57,7 +57,11 @@ def check_kernel(
 
 
 def every_case(subject: Subject, only: str | None = None) -> Iterator[tuple[Check, Case | CheckResult]]:
-    """Each check with each of its cases; a result instead where its cases cannot be made."""
+    """Each check with each of its cases; a result instead where its cases cannot be made.
+
+    The kernel is weighed first, as before any call: some declare more exactly once their library is imported.
+    """
+    registry.condition(subject.kernel)
     for check in [CHECKS[only]] if only is not None else CHECKS.values():
         try:
             cases = list(check.cases(subject))

@@ -1,4 +1,4 @@
-"""What FA3 and FA4 do with a batch: one function takes sequences in rows, packed, in a cache or in pages."""
+"""What FA3 and FA4 do with a batch, whose sequences lie in rows, packed behind one another, in a cache or in pages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .arithmetic import Rules, backward, forward
-from .extension import check
 from .sequences import At, at, garbage, in_pages, lse_at
 
 
@@ -19,7 +18,6 @@ class Batch:
 
     queries: list[At]
     keys: list[Any]
-    is_paged: bool = False  #: then there is no backward pass
 
 
 def batch_of(
@@ -43,7 +41,7 @@ def batch_of(
         seqlen_k = _seqlen(b, offsets_k, seqused_k, capacity)
         queries.append(at(b, offsets_q, seqlen_q))
         keys.append(at(b, offsets_k, seqlen_k) if page_table is None else in_pages(k, page_table, b, 0, seqlen_k))
-    return Batch(queries, keys, page_table is not None)
+    return Batch(queries, keys)
 
 
 def _seqlen(entry: int, offsets: list[int] | None, used: Tensor | None, full: int) -> int:
@@ -52,36 +50,31 @@ def _seqlen(entry: int, offsets: list[int] | None, used: Tensor | None, full: in
     return full if offsets is None else offsets[entry + 1] - offsets[entry]
 
 
-class Attend(torch.autograd.Function):
+def forward_of(q: Tensor, k: Tensor, v: Tensor, batch: Batch, rules: Rules) -> tuple[Tensor, Tensor]:
     """(out, lse) of a batch; rows that belong to no sequence are not written."""
+    heads = q.shape[-2]
+    out = garbage(*q.shape[:-1], v.shape[-1], dtype=q.dtype)
+    lse = garbage(*((q.shape[0], heads, q.shape[1]) if q.ndim == 4 else (heads, q.shape[0])), dtype=torch.float32)
+    for queries, keys in zip(batch.queries, batch.keys):
+        out[queries], lse[lse_at(queries)], _ = forward(q[queries], k[keys], v[keys], rules)
+    return out, lse
 
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, batch: Batch, rules: Rules, lse_grad: bool) -> Any:
-        heads = q.shape[-2]
-        out = garbage(*q.shape[:-1], v.shape[-1], dtype=q.dtype)
-        shape = (q.shape[0], heads, q.shape[1]) if q.ndim == 4 else (heads, q.shape[0])
-        lse = garbage(*shape, dtype=torch.float32)
-        for queries, keys in zip(batch.queries, batch.keys):
-            out[queries], lse[lse_at(queries)], _ = forward(q[queries], k[keys], v[keys], rules)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.batch, ctx.rules, ctx.lse_grad = batch, rules, lse_grad
-        return out, lse
 
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> Any:
-        q, k, v, out, lse = ctx.saved_tensors
-        check(not ctx.batch.is_paged, "k must have shape (batch_size, seqlen_k, num_heads_k, head_size)")
-        dq, dk, dv = (garbage(*x.shape, dtype=x.dtype) for x in (q, k, v))
-        for queries, keys in zip(ctx.batch.queries, ctx.batch.keys):
-            to_lse = dlse[lse_at(queries)] if ctx.lse_grad else None
-            dq[queries], dk[keys], dv[keys] = backward(
-                dout[queries],
-                q[queries],
-                k[keys],
-                v[keys],
-                out[queries],
-                lse[lse_at(queries)],
-                ctx.rules,
-                grad_lse=to_lse,
-            )
-        return dq, dk, dv, None, None, None
+def backward_of(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    batch: Batch,
+    rules: Rules,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of a batch; rows that belong to no sequence are not written."""
+    dq, dk, dv = (garbage(*x.shape, dtype=x.dtype) for x in (q, k, v))
+    for queries, keys in zip(batch.queries, batch.keys):
+        of_lse = lse_at(queries)
+        made = (dout[queries], q[queries], k[keys], v[keys], out[queries], lse[of_lse], rules)
+        dq[queries], dk[keys], dv[keys] = backward(*made, grad_lse=None if dlse is None else dlse[of_lse])
+    return dq, dk, dv

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .arithmetic import Rules
-from .batch import Attend, batch_of
+from .batch import Batch, backward_of, batch_of, forward_of
 from .extension import check, check_device, check_int32, check_shape
 
 MAX_HEAD_DIM = 256
@@ -75,7 +76,22 @@ def attend(
         largest = max(head_dim, head_dim_v)
         check(largest <= MAX_HEAD_DIM, "FlashAttention forward only supports head dimension at most 256")
         check(not deterministic or largest <= 192, "Deterministic backward not supported for hdim 256.")
-    return Attend.apply(q, k, v, batch, rules, False)
+    return _Attend.apply(q, k, v, batch, rules)
+
+
+class _Attend(torch.autograd.Function):
+    """No gradient flows from the LSE, as in FlashAttention-3."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, batch: Batch, rules: Rules) -> tuple[Tensor, Tensor]:
+        out, lse = forward_of(q, k, v, batch, rules)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.batch, ctx.rules = batch, rules
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> Any:
+        return (*backward_of(dout, None, *ctx.saved_tensors, ctx.batch, ctx.rules), None, None)
 
 
 def check_heads(heads: int, heads_k: int, head_dim: int, head_dim_v: int) -> None:

@@ -1,75 +1,115 @@
-"""The checks of FlashAttention-4's `interface.py`, which are assertions, and how it resolves its windows."""
+"""A double of FlashAttention-4's `_flash_attn_fwd` and `_flash_attn_bwd`, which check, compile and launch its kernels.
+
+Their checks are assertions, and what they do with windows and with the LSE is as in 4.0.0b36. Over them runs the real
+`interface.py` of FlashAttention-4, or a stand-in for it.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .arithmetic import Rules
-from .batch import Attend, batch_of
+from .batch import Batch, backward_of, batch_of, forward_of
 
 #: The device that it would be compiled for: 90 is a Hopper, 100 a Blackwell.
 ARCH = 90
 DTYPES = (torch.float16, torch.bfloat16)
+#: What changes how the kernels come to a result, and not the result.
+ONLY_SPEED = {"max_seqlen_q", "max_seqlen_k", "min_seqlen_k", "num_splits", "pack_gqa", "deterministic"}
 
 
-def attend(
+def flash_attn_fwd(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, page_table: Tensor | None = None, **rest: Any
+) -> tuple[Tensor | None, ...]:
+    """(out, lse, and three that only sparse attention has). The LSE is None unless a gradient or `return_lse` needs it.
+
+    q, k and v are in rows, `[batch, seqlen, num_heads, head_dim]`, or packed, `[total, num_heads, head_dim]`; the LSE
+    is `[batch, num_heads, seqlen]` or `[num_heads, total]`.
+    """
+    needs_lse = return_lse or any(x.requires_grad for x in (q, k, v))
+    assert v.dtype in DTYPES, "inputs must be float16, bfloat16, fp8 e4m3fn, or fp8 e5m2"
+    assert q.dtype == k.dtype == v.dtype, "q, k, v, and qv must have the same dtype"
+    assert all(x.device.type == "cpu" for x in (q, k, v)), "inputs must be on CUDA device"
+    if page_table is not None:
+        assert page_table.dtype == torch.int32, "page_table must be int32"
+        assert rest.get("cu_seqlens_k") is None, "page_table is not supported with cu_seqlens_k"
+    assert_head_dims(q.shape[-1], v.shape[-1])
+    out, lse = forward_of(q, k, v, *_asked(q, k, v, page_table=page_table, **rest))
+    return out, lse if needs_lse else None, None, None, None
+
+
+def flash_attn_bwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    softcap: float = 0.0,
+    *,
+    dlse: Tensor | None = None,
+    **rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv). It knows nothing of pages: to it, these are another number of keys."""
+    batch, rules = _asked(q, k, v, softmax_scale=softmax_scale, causal=causal, softcap=softcap, **rest)
+    assert lse.shape == ((q.shape[0], q.shape[2], q.shape[1]) if q.ndim == 4 else (q.shape[1], q.shape[0]))
+    assert dout.shape == out.shape
+    return backward_of(dout, dlse, q, k, v, out, lse, batch, rules)
+
+
+def _asked(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: tuple[int | None, int | None],
-    softcap: float,
-    return_lse: bool,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    softcap: float | None = 0.0,
+    window_size_left: int | None = None,
+    window_size_right: int | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
     page_table: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """(out, lse), always; the LSE is None unless it is asked for or an operand requires a gradient."""
-    assert v.dtype in DTYPES, "inputs must be float16, bfloat16, fp8 e4m3fn, or fp8 e5m2"
-    assert q.dtype == k.dtype == v.dtype, "q, k, v, and qv must have the same dtype"
+    **rest: Any,
+) -> tuple[Batch, Rules]:
+    """What both passes are told, checked: where the sequences lie, and which scores count."""
+    for name in rest.keys() - ONLY_SPEED:
+        if rest[name] is not None and rest[name] is not False:
+            raise NotImplementedError(f"{name}: this double of FlashAttention-4 takes only None, got {rest[name]!r}")
     size = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
-    heads, head_dim = q.shape[-2:]
-    heads_k, head_dim_v = v.shape[-2:]
-    lengths = [x for x in (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k) if x is not None]
-    for x in (q, k, v, *lengths, *([] if page_table is None else [page_table])):
-        assert x.device.type == "cpu", "inputs must be on CUDA device"
-    for x in lengths:
-        assert x.dtype == torch.int32, "cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k must be int32"
-        assert x.stride(0) == 1, "cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k must be contiguous"
-    if page_table is not None:
-        assert cu_seqlens_k is None, "page_table is not supported with cu_seqlens_k"
-        assert page_table.dtype == torch.int32, "page_table must be int32"
-        assert page_table.shape[0] == size
-    assert k.shape == (*v.shape[:-1], head_dim)
-    assert cu_seqlens_k is not None or page_table is not None or k.shape[0] == size
-    assert heads % heads_k == 0, "num_head must be divisible by num_head_kv"
-    assert_head_dims(head_dim, head_dim_v)
+    for x in (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k):
+        if x is not None:
+            assert x.dtype == torch.int32, "cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k must be int32"
+            assert x.stride(0) == 1, "cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k must be contiguous"
+    assert k.shape == (*v.shape[:-1], q.shape[-1])
+    if cu_seqlens_k is not None:
+        assert cu_seqlens_k.shape == (size + 1,), "cu_seqlens_k must have shape (batch_size + 1,)"
+    else:
+        assert (k if page_table is None else page_table).shape[0] == size
     assert all(x is None or x.shape == (size,) for x in (seqused_q, seqused_k)), "seqused must have shape (batch_size,)"
+    assert q.shape[-2] % k.shape[-2] == 0, "num_head must be divisible by num_head_kv"
 
-    left, right = window_size
+    left, right = window_size_left, window_size_right
     if left is not None and right is not None and left < 0 and right < 0:  # -1 beside a limit is no limit, but -1
         left = right = None
-    if causal:
-        right = 0
     packs = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     batch = batch_of(q, k, **packs, seqused_q=seqused_q, seqused_k=seqused_k, page_table=page_table)
     rules = Rules(
-        scale=1.0 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale,
-        softcap=softcap,
+        scale=1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale,
+        softcap=softcap or 0.0,
         left=left,
-        right=right,
+        right=0 if causal else right,
         empty_lse=-math.inf,
     )
-    has_lse = return_lse or any(x.requires_grad for x in (q, k, v))
-    out, lse = Attend.apply(q, k, v, batch, rules, return_lse)
-    return out, lse if has_lse else None
+    return batch, rules
 
 
 def assert_head_dims(head_dim: int, head_dim_v: int) -> None:

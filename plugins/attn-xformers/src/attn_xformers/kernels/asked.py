@@ -129,7 +129,7 @@ def allowed(pair: Pair, form: forms.Form, training: bool) -> bool:
     """Whether the operators list this class among those that they take."""
     if form.kind == forms.NO_BIAS and pair.manners.needs_lengths:
         return False
-    if not _lists(pair.forward, form.kind):
+    if not _lists(pair.forward, form.kind) or (form.instead_of_tensor and _lists(pair.forward, forms.TENSOR)):
         return False
     return not training or (pair.backward is not None and _lists(pair.backward, form.kind))
 

@@ -33,13 +33,14 @@ class Form:
 
     `made` gives the bias object, its tensors on that device; of a tensor (`kind` is TENSOR) and of one beside a causal
     mask, it is called with the tensor as the operator takes it. It raises ValueError or RuntimeError where the class
-    does not take these lengths.
+    does not take these lengths. `instead_of_tensor`: of use to an operator that takes no tensor.
     """
 
     kind: str  #: the name of xFormers' class
     packed: bool = False  #: batch entries lie behind each other, in one
     made: Callable[[torch.device], Any] = lambda device: None
     tensor: TensorBias | None = None
+    instead_of_tensor: bool = False
 
 
 def forms(bias: AttnBias | None, batch: int, seqlen_q: int, seqlen_kv: int) -> Iterator[Form]:
@@ -79,7 +80,8 @@ def _of_band(bias: Causal | Window, batch: int, seqlen_q: int, seqlen_kv: int) -
         )
     lengths = (seqlen_q,) * batch, (seqlen_kv,) * batch
     yield from _of_bands_of_documents(of_top, of_bottom, *lengths)
-    yield from _of_padded_bands(of_bottom, batch, seqlen_q, seqlen_kv, None)
+    for form in _of_padded_bands(of_bottom, batch, seqlen_q, seqlen_kv, None):
+        yield replace(form, instead_of_tensor=True)
 
 
 def _of_documents(bias: Segments, batch: int, seqlen_kv: int) -> Iterator[Form]:

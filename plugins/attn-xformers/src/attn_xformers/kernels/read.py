@@ -14,7 +14,7 @@ from attn_core.bias.zero_padded import ZeroPadded
 from attn_core.capabilities import BiasKind
 
 from . import asked
-from .forms import Form
+from .forms import TENSOR, Form
 from .operators import Manners, Pair
 
 #: Float8 tensors come with scales of their own, which nothing here gives.
@@ -27,7 +27,7 @@ TOP_LEFT, BOTTOM_RIGHT = Causal("top-left"), Causal("bottom-right")
 
 #: xFormers' class -> what of ours it may say.
 SAYS: dict[str, frozenset[BiasKind]] = {
-    "Tensor": frozenset({TensorBias}),
+    TENSOR: frozenset({TensorBias}),
     "LowerTriangularMask": frozenset({TOP_LEFT}),
     "LowerTriangularMaskWithTensorBias": frozenset({Sum}),
     "LowerTriangularFromBottomRightMask": frozenset({BOTTOM_RIGHT}),
@@ -41,9 +41,15 @@ SAYS: dict[str, frozenset[BiasKind]] = {
     "BlockDiagonalGappyKeysMask": frozenset({Segments}),
     "BlockDiagonalCausalWithOffsetGappyKeysMask": frozenset({Segments}),
     "BlockDiagonalPaddedKeysMask": frozenset({KeyPadding}),
-    "BlockDiagonalCausalWithOffsetPaddedKeysMask": frozenset({Cached, BOTTOM_RIGHT}),
-    "BlockDiagonalLocalAttentionPaddedKeysMask": frozenset({Cached, Window, TOP_LEFT, BOTTOM_RIGHT}),
-    "BlockDiagonalCausalLocalAttentionPaddedKeysMask": frozenset({Cached, Window}),
+    "BlockDiagonalCausalWithOffsetPaddedKeysMask": frozenset({Cached}),
+    "BlockDiagonalLocalAttentionPaddedKeysMask": frozenset({Cached}),
+    "BlockDiagonalCausalLocalAttentionPaddedKeysMask": frozenset({Cached}),
+}
+#: The same of an operator that takes no tensor: sequences that fill their room have these masks.
+INSTEAD_OF_TENSOR: dict[str, frozenset[BiasKind]] = {
+    "BlockDiagonalCausalWithOffsetPaddedKeysMask": frozenset({BOTTOM_RIGHT}),
+    "BlockDiagonalLocalAttentionPaddedKeysMask": frozenset({Window, TOP_LEFT, BOTTOM_RIGHT}),
+    "BlockDiagonalCausalLocalAttentionPaddedKeysMask": frozenset({Window}),
 }
 #: Of an operator that masks padding only: these wait until it was zeroed.
 PADDED: frozenset[BiasKind] = frozenset({KeyPadding, Cached})
@@ -51,16 +57,27 @@ PADDED: frozenset[BiasKind] = frozenset({KeyPadding, Cached})
 
 @dataclass(frozen=True, kw_only=True)
 class OperatorCapabilities(Capabilities):
-    """What a pair of operators can do. `gqa_backward`: also with gradients; xFormers says that apart."""
+    """What a pair of operators can do, of which xFormers says apart what the core's records say together.
+
+    Args:
+        gqa_backward: num_kv_heads may divide num_heads with gradients, too.
+        head_dims_v_backward: sizes of value's with gradients; None: as in the forward.
+    """
 
     gqa_backward: bool = False
+    head_dims_v_backward: Collection[int] | None = None
 
     def refusals(self, problem: Problem) -> list[Refusal]:
         found = super().refusals(problem)
-        grouped = problem.num_kv_heads != problem.num_heads
-        if grouped and problem.needs_backward and self.gqa and self.backward and not self.gqa_backward:
+        if not (problem.needs_backward and self.backward):
+            return found
+        if problem.num_kv_heads != problem.num_heads and self.gqa and not self.gqa_backward:
             text = f"takes in the backward num_kv_heads equal to num_heads={problem.num_heads}"
             found.append(Refusal("num_kv_heads", f"{text}, got {problem.num_kv_heads}"))
+        sizes_v = self.head_dims_v_backward
+        if sizes_v is not None and problem.head_dim_v != problem.head_dim and problem.head_dim_v not in sizes_v:
+            text = f"takes no head_dim_v {problem.head_dim_v} in the backward"
+            found.append(Refusal("backward.head_dims", text))
         return found
 
 
@@ -72,7 +89,7 @@ def capabilities(
     forward, backward = pair.forward, pair.backward
     dtypes = frozenset(forward.SUPPORTED_DTYPES) & DTYPES
     of_size = next(
-        each for each in (dtype, torch.float16, torch.float32, torch.bfloat16) if each is not None and each in dtypes
+        each for each in (dtype, torch.float32, torch.bfloat16, torch.float16) if each is not None and each in dtypes
     )
     of_device = device if device in forward.SUPPORTED_DEVICES else min(forward.SUPPORTED_DEVICES)
     where = asked.device_of(str(of_device), capability)
@@ -82,11 +99,12 @@ def capabilities(
         devices=frozenset(forward.SUPPORTED_DEVICES),
         dtypes=dtypes,
         head_dims=dims,
-        head_dims_v=dims if forward.SUPPORTS_DIFFERENT_VALUE_EMBED else None,
+        head_dims_v=dims if takes_another_value(forward, of_size, where) else None,
         biases=kinds(forward, pair.manners),
         backward=None if backward is None else _backward(pair, of_size, where, dims),
         gqa=forward.SUPPORTS_BMGHK,
         gqa_backward=backward is not None and backward.SUPPORTS_BMGHK,
+        head_dims_v_backward=None if backward is None else sizes(backward, of_size, where),
         dropout=forward.SUPPORTS_DROPOUT,
         return_lse=pair.manners.gives_lse,
         deterministic=forward.IS_DETERMINISTIC,
@@ -113,8 +131,11 @@ def _backward(pair: Pair, dtype: torch.dtype, where: torch.device | None, dims_o
 def kinds(operator: Any, manners: Manners) -> frozenset[BiasKind]:
     """The kinds of ours that an operator's classes say, at some lengths at least."""
     says: set[BiasKind] = set()
-    for each in operator.SUPPORTED_ATTN_BIAS_TYPES:
-        says |= SAYS.get(each.__name__, frozenset())
+    names = {each.__name__ for each in operator.SUPPORTED_ATTN_BIAS_TYPES}
+    for name in names:
+        says |= SAYS.get(name, frozenset())
+        if TENSOR not in names:
+            says |= INSTEAD_OF_TENSOR.get(name, frozenset())
     if not manners.never_reads_padding and says & PADDED:
         says = says - PADDED | {ZeroPadded}
     if says >= {TOP_LEFT, BOTTOM_RIGHT}:
@@ -134,12 +155,18 @@ def sizes(operator: Any, dtype: torch.dtype, where: torch.device | None) -> Coll
     return range(-(-low // step) * step, high + 1, step)
 
 
-def _asker(operator: Any, dtype: torch.dtype, where: torch.device | None) -> Callable[[int], bool]:
-    """Whether it takes that head_dim. Without such a device, by what it says of shapes alone."""
-    if where is None:
-        return lambda dim: not operator.shape_not_supported_reasons(Mq=64, Mkv=64, K=dim, Kv=dim)
+def takes_another_value(operator: Any, dtype: torch.dtype, where: torch.device | None) -> bool:
+    """Whether value's size may be another than query's, on that device."""
+    takes = _asker(operator, dtype, where)
+    return bool(operator.SUPPORTS_DIFFERENT_VALUE_EMBED) and any(takes(64, other) for other in (32, 128))
 
-    def asks(dim: int) -> list[str]:
+
+def _asker(operator: Any, dtype: torch.dtype, where: torch.device | None) -> Callable[..., bool]:
+    """Whether it takes that head_dim, and head_dim_v. Without such a device, by what it says of shapes alone."""
+    if where is None:
+        return lambda dim, dim_v=None: not operator.shape_not_supported_reasons(Mq=64, Mkv=64, K=dim, Kv=dim_v or dim)
+
+    def asks(dim: int, dim_v: int | None = None) -> list[str]:
         problem = Problem(
             batch=1,
             seqlen_q=64,
@@ -147,7 +174,7 @@ def _asker(operator: Any, dtype: torch.dtype, where: torch.device | None) -> Cal
             num_heads=1,
             num_kv_heads=1,
             head_dim=dim,
-            head_dim_v=dim,
+            head_dim_v=dim_v or dim,
             dtype=dtype,
             device=where.type,
         )
@@ -155,7 +182,7 @@ def _asker(operator: Any, dtype: torch.dtype, where: torch.device | None) -> Cal
 
     #: What stands against any size, as a dtype that this device does not have.
     always = set(asks(64)) & set(asks(128)) & set(asks(STEP))
-    return lambda dim: not set(asks(dim)) - always
+    return lambda dim, dim_v=None: not set(asks(dim, dim_v)) - always
 
 
 def widest(backward: bool, manners: Manners) -> OperatorCapabilities:

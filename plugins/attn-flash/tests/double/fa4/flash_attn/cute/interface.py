@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from flash_double.fa4 import attend
+import torch
+from flash_double.fa4 import flash_attn_bwd, flash_attn_fwd
 from torch import Tensor
 
 
@@ -38,12 +39,15 @@ def flash_attn_func(
     gather_bwd_token_chunk: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`[batch, seqlen, num_heads, head_dim]`; LSE is `[batch, num_heads, seqlen]`."""
-    _none(qv=qv, gather_kv_indices=gather_kv_indices, learnable_sink=learnable_sink, score_mod=score_mod)
-    _none(score_mod_bwd=score_mod_bwd, mask_mod=mask_mod, aux_tensors=aux_tensors, aux_scalars=aux_scalars)
-    _none(block_sparse_tensors=block_sparse_tensors, block_sparse_tensors_bwd=block_sparse_tensors_bwd)
-    _none(gather_bwd_recompute_p=gather_bwd_recompute_p or None, gather_bwd_token_chunk=gather_bwd_token_chunk)
-    options = {"causal": causal, "window_size": window_size, "softcap": softcap, "return_lse": return_lse}
-    return attend(q, k, v, softmax_scale=softmax_scale, **options)
+    left, right = window_size
+    rules = {"softmax_scale": softmax_scale, "causal": causal, "softcap": softcap}
+    rules |= {"window_size_left": left, "window_size_right": right}
+    unused = {"qv": qv, "gather_kv_indices": gather_kv_indices, "learnable_sink": learnable_sink}
+    unused |= {"score_mod": score_mod, "mask_mod": mask_mod, "aux_tensors": aux_tensors, "aux_scalars": aux_scalars}
+    unused |= {"score_mod_bwd": score_mod_bwd, "block_sparse_tensors_bwd": block_sparse_tensors_bwd}
+    unused |= {"block_sparse_tensors": block_sparse_tensors, "gather_bwd_recompute_p": gather_bwd_recompute_p}
+    unused |= {"gather_bwd_token_chunk": gather_bwd_token_chunk}
+    return _Attend.apply(q, k, v, rules | unused, None, return_lse)
 
 
 def flash_attn_varlen_func(
@@ -82,17 +86,39 @@ def flash_attn_varlen_func(
     gather_bwd_token_chunk: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Packed, `[total, …]`, or in rows; keys also in pages. The LSE of packed ones is `[num_heads, total]`."""
-    _none(qv=qv, gather_kv_indices=gather_kv_indices, learnable_sink=learnable_sink, score_mod=score_mod)
-    _none(score_mod_bwd=score_mod_bwd, mask_mod=mask_mod, aux_tensors=aux_tensors, aux_scalars=aux_scalars)
-    _none(block_sparse_tensors=block_sparse_tensors, gather_bwd_token_chunk=gather_bwd_token_chunk)
-    _none(gather_bwd_recompute_p=gather_bwd_recompute_p or None)
-    options = {"causal": causal, "window_size": window_size, "softcap": softcap, "return_lse": return_lse}
-    lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_q": seqused_q}
-    lengths |= {"seqused_k": seqused_k, "page_table": page_table}
-    return attend(q, k, v, softmax_scale=softmax_scale, **options, **lengths)
+    left, right = window_size
+    rules = {"softmax_scale": softmax_scale, "causal": causal, "softcap": softcap}
+    rules |= {"window_size_left": left, "window_size_right": right}
+    rules |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    rules |= {"seqused_q": seqused_q, "seqused_k": seqused_k}
+    unused = {"qv": qv, "gather_kv_indices": gather_kv_indices, "learnable_sink": learnable_sink}
+    unused |= {"score_mod": score_mod, "mask_mod": mask_mod, "aux_tensors": aux_tensors, "aux_scalars": aux_scalars}
+    unused |= {"score_mod_bwd": score_mod_bwd, "block_sparse_tensors": block_sparse_tensors}
+    unused |= {"scheduler_metadata": scheduler_metadata, "seqlen_k_per_split": seqlen_k_per_split}
+    unused |= {"gather_bwd_recompute_p": gather_bwd_recompute_p, "gather_bwd_token_chunk": gather_bwd_token_chunk}
+    return _Attend.apply(q, k, v, rules | unused, page_table, return_lse)
 
 
-def _none(**unused: object) -> None:
-    for name, value in unused.items():
-        if value is not None:
-            raise NotImplementedError(f"{name}: this stand-in for FlashAttention-4 takes only None, got {value!r}")
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rules: dict[str, Any],
+        page_table: Tensor | None,
+        return_lse: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        out, lse, *_ = flash_attn_fwd(q, k, v, **rules, page_table=page_table, return_lse=return_lse)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.rules, ctx.return_lse = rules, return_lse
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
+        q, k, v, out, lse = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout
+        made = flash_attn_bwd(q, k, v, out, dout, lse, **ctx.rules, dlse=dlse if ctx.return_lse else None)
+        return (*made, None, None, None)
