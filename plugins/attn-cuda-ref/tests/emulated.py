@@ -26,4 +26,5 @@ def simple() -> Kernel:
     ops.implement("CPU", lambda device: launcher)
     (declared,) = KERNEL.declarations
     on_cpu = replace(declared, devices=frozenset({"cpu"}), min_compute_capability=None)
-    return replace(KERNEL, capabilities=on_cpu, probe=None, costs={})
+    # Of another name: that of the plugin's own may be taken, where the plugin is installed.
+    return replace(KERNEL, name="emulated/simple", capabilities=on_cpu, probe=None, costs={})

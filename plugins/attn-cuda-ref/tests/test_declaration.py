@@ -82,8 +82,9 @@ def test_declaring_and_asking_import_no_module_of_cuda() -> None:
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="of a torch without CUDA")
 def test_without_cuda_it_is_unavailable_and_says_why() -> None:
-    with registry.register(KERNEL):
-        condition = registry.condition(KERNEL)
+    by_another_name = replace(KERNEL, name="tried/simple")  # its own is taken where the plugin is installed
+    with registry.register(by_another_name):
+        condition = registry.condition(by_another_name)
     assert condition.state == "unavailable"
     assert "built for CPUs, not for CUDA" in condition.reason
 
@@ -156,7 +157,7 @@ def test_pages_are_gathered_first(nvrtc: None) -> None:
 
 def considered(asked: Problem) -> tuple[str, ...]:
     """The adaptations by which it takes a problem, on a machine that has what it needs."""
-    ready = replace(KERNEL, probe=None)
+    ready = replace(KERNEL, name="tried/simple", probe=None)
     with registry.register(ready):
         candidate = consider(registry, ready, asked, Settings())
     assert candidate.takes, candidate.reasons()

@@ -29,7 +29,7 @@ def some_of_it():
         biases=frozenset({Causal("top-left"), Cached, Neighborhood, Segments}),
         compile=False,
     )
-    return replace(simple(), name="cuda-ref/simple-in-part", capabilities=less)
+    return replace(simple(), name="emulated/simple-in-part", capabilities=less)
 
 
 def is_quick(row) -> bool:
