@@ -80,9 +80,9 @@ KERNEL = Kernel(
     ),
     refuse=refuse,
     probe=device.probe,
-    # Not measured. Per pair, what a kernel of CUDA cores takes that reads both numbers of each product from shared memory;
-    # per call, more than any kernel of torch is taken for: until it has run on GPUs it is there for those who name it, and
-    # for what no other kernel takes.
+    # Not measured. Per pair, what a kernel of CUDA cores takes that reads both numbers of each product from shared
+    # memory; per call, more than any kernel of torch is taken for: until it has run on GPUs, it is there for those who
+    # name it, and for what no other kernel takes.
     costs={"cuda": Cost(call=4e-3, pair_dim=600e-15, pair=20e-12, token_dim=4e-12, backward=3.5)},
     skips={Causal, Window, PrefixLM, KeyPadding, Cached, Segments, Neighborhood, BlockMask, Intersection},
 )
