@@ -31,6 +31,7 @@ from attn_core.kernel import resolve
 from attn_flash import library
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest imports tests without their folder on it
+import flash_real
 from flash_doubled import BY_NAME, doubled
 
 SEED = 20261121
@@ -210,7 +211,8 @@ def sweep(kernel, cases):
     return len(distinct), fields
 
 
-def test_flash_attention_2_and_its_declaration_agree_on_20_000_problems(tmp_path):
+def of_flash_attention_2():
+    """More than 20,000, no two of them the same."""
     dims = ((8, 8), (12, 12), (16, 8), (8, 16), (24, 8), (264, 264), (512, 512))
     options = ("plain", "LSE", "softcap", "dropout", "softcap and dropout", "gradients")
     plain = {name: MASKS[name] for name in ("none", "causal")}
@@ -220,16 +222,29 @@ def test_flash_attention_2_and_its_declaration_agree_on_20_000_problems(tmp_path
         for size in (16, 128, 256)
         for within in (None, Causal(RIGHT), Causal(LEFT), Window(3, 0, RIGHT))
     }
-    cases = itertools.chain(
+    return itertools.chain(
         problems(dims, MASKS, options),
         problems(ends, plain, ("plain", "gradients"), heads=((4, 4), (4, 1))),
         problems(((8, 8),), in_pages, ("plain", "LSE", "dropout", "gradients"), (torch.float16,)),
     )
-    with doubled(tmp_path, "fa2"):
-        asked, fields = sweep(BY_NAME["fa2"], cases)
+
+
+def check_flash_attention_2():
+    asked, fields = sweep(BY_NAME["fa2"], of_flash_attention_2())
     assert asked >= 20_000
     assert fields["taken"] > 2_000
     assert set(fields) >= {"dtype", "head_dim", "head_dim_v", "bias", "dropout_p", "backward.biases"}
+
+
+def test_flash_attention_2_and_its_declaration_agree_on_20_000_problems(tmp_path):
+    with doubled(tmp_path, "fa2"):
+        check_flash_attention_2()
+
+
+@pytest.mark.skipif(flash_real.folder() is None, reason="flash-attn is not installed; nox -s flash has it")
+def test_so_does_the_real_package_over_the_double_of_its_extension():
+    with flash_real.over_the_double():
+        check_flash_attention_2()
 
 
 @pytest.mark.parametrize(

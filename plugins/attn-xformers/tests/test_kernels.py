@@ -247,6 +247,49 @@ def test_a_class_that_an_operator_does_not_take_is_replaced_by_one_that_it_does(
         assert type(pairs["mine/padded"].forward.calls[-1].attn_bias).__name__ == kind
 
 
+def test_operators_are_asked_once_for_calls_that_look_the_same(fmha, monkeypatch):
+    made = cpu_operators.like_flash()
+    with (
+        attn_core.register(kernel_of("mine/asked", made.forward, made.backward, manners=made.manners)),
+        torch.no_grad(),
+    ):
+        query, key, value = operands(2, 6, 6)
+        attention(query, key, value, Window(2, 0), kernel="mine/asked")
+        times, asks = [], made.forward.not_supported_reasons
+        monkeypatch.setattr(made.forward, "not_supported_reasons", lambda inp: times.append(1) or asks(inp))
+        out = attention(query, key, value, Window(2, 0), kernel="mine/asked")
+        assert len(times) == 1  # by xFormers' front end
+        attention(query, key, value, Window(3, 0), kernel="mine/asked")
+        assert len(times) > 2
+    torch.testing.assert_close(out.double(), reference_attention(query, key, value, Window(2, 0))[0], **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"head_dim": 257, "head_dim_v": 257}, "head_dim: takes 1 to 256, got 257"),
+        ({"dtype": torch.bfloat16}, "dtype: takes float16, float32, got bfloat16"),
+        ({"dropout_p": 0.25}, "dropout_p: takes no dropout, got 0.25"),
+        ({"scale": -0.5}, "scale: takes a scale above 0, got -0.5"),
+        ({"num_kv_heads": 2}, "num_kv_heads: takes num_kv_heads equal to num_heads=4, got 2"),
+        ({"device": "cuda", "compute_capability": (9, 0)}, "device: takes cpu, got cuda"),
+    ],
+    ids=str,
+)
+def test_a_refusal_says_what_is_taken_and_what_was_asked(pairs, changes, told):
+    assert told in [str(refusal) for refusal in attn_core.kernel("mine/splitk").refusals(replace(PLAIN, **changes))]
+
+
+def test_a_gradient_to_a_bias_is_refused_where_an_operator_gives_none(fmha):
+    made = cpu_operators.pair("stingy", types=("None", "Tensor"), SUPPORTS_ATTN_BIAS_GRAD=False)
+    made.forward.SUPPORTS_ATTN_BIAS_GRAD = None  # which only a backward has
+    bias = TensorBias(torch.empty(6, 6, device="meta").requires_grad_()).bind(6, 6)
+    found = kernel_of("mine/stingy", made.forward, made.backward).refusals(
+        replace(PLAIN, bias=bias, bias_requires_grad=True)
+    )
+    assert "bias_grad: gives no gradient to the bias, and one is needed" in [str(refusal) for refusal in found]
+
+
 def test_rows_that_lie_at_odd_places_are_copied_and_others_are_not(pairs):
     _, key, value = operands(1, 5, 5)
     odd = torch.randn(1, 5, 4, 17)[..., 1:]

@@ -99,6 +99,23 @@ def test_the_documented_tables_are_what_the_class_attributes_say(fmha):
     assert operators_table.written(text) == text, f"docs/reference/xformers.md is out of step: run `{command}`"
 
 
+@pytest.mark.parametrize(
+    ("name", "capability", "told"),
+    [
+        ("cutlass", (12, 0), "compute_capability: is known to work up to sm_90; sm_120 is newer than known"),
+        ("flash", (7, 5), "compute_capability: takes sm_80 or newer, got sm_75"),
+        ("cutlass-blackwell", (9, 0), "compute_capability: takes sm_100 or newer, got sm_90"),
+    ],
+)
+def test_a_gpu_that_is_too_old_or_newer_than_known_is_refused_with_both_numbers(fmha, name, capability, told):
+    problem = Problem(
+        batch=1, seqlen_q=64, seqlen_kv=64, num_heads=2, num_kv_heads=2, head_dim=64, head_dim_v=64, device="cuda",
+        dtype=torch.float16, scale=0.125, compute_capability=capability,
+    )  # fmt: skip
+    with a_gpu(capability):
+        assert [str(refusal) for refusal in BY_NAME[name].refusals(problem)] == [told]
+
+
 @pytest.mark.parametrize("name", BY_NAME)
 def test_what_is_declared_for_a_gpu_is_taken_there_and_the_rest_refused_by_its_field(fmha, name):
     """The conformance kit's questions to the real operators; no call is made."""
