@@ -31,16 +31,15 @@ def explained(message: str, library: Path, arguments: Sequence[Argument]) -> str
 
 
 def line_of(library: Path, offset: str) -> str:
-    """File and line in the kernel's text: where code was put into other code, the innermost that is the kernel's."""
+    """File and line in the kernel's text; where code was put into other code, that of the call behind it."""
     command = ["addr2line", "-i", "-e", str(library), offset]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
         return f"offset {offset} of {library.name}"
-    lines = [line.split(" (")[0] for line in found]
-    own = [line for line in lines if Path(line.rsplit(":", 1)[0]).parent != HERE] or lines
-    path, _, number = own[0].rpartition(":")
-    return f"{Path(path).name}:{number}"
+    places = [Path(line.split(" (")[0]) for line in found]
+    names = [place.name for place in places if place.parent != HERE] or [places[0].name]
+    return names[0] if len(names) == 1 else f"{names[0]} (called at {', '.join(names[1:])})"
 
 
 def described(number: int, tensor: torch.Tensor) -> str:
