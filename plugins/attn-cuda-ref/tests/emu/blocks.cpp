@@ -146,12 +146,12 @@ extern "C" int emu_launch(const emu::Launch* launch) {
   pthread_mutex_lock(&one);
   emu::faulted = 0;
   emu::Work work{launch, 0};
-  pthread_t helpers[64];
+  pthread_t others[64];
   int count = launch->workers - 1 < 63 ? launch->workers - 1 : 63;
   for (int i = 0; i < count; i++)
-    if (pthread_create(&helpers[i], nullptr, emu::run_blocks, &work)) count = i;
+    if (pthread_create(&others[i], nullptr, emu::run_blocks, &work)) count = i;
   emu::run_blocks(&work);
-  for (int i = 0; i < count; i++) pthread_join(helpers[i], nullptr);
+  for (int i = 0; i < count; i++) pthread_join(others[i], nullptr);
   const int result = emu::faulted;
   pthread_mutex_unlock(&one);
   return result;
