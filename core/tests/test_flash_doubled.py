@@ -31,6 +31,7 @@ from attn_core import (
 from attn_core.conformance import check_kernel
 from attn_core.conformance.checks import CHECKS
 from attn_core.torch_kernels import fa_window, flash_limits, packed
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest imports tests without their folder on it
@@ -382,6 +383,32 @@ def test_a_graph_takes_it_whole_with_its_backward(called, name, bias):
     torch.testing.assert_close(got, want, **CLOSE)
     for one, other in zip(*(torch.autograd.grad(out.square().sum(), operands) for out in (got, want))):
         torch.testing.assert_close(one, other, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [
+        (FA, lambda: Window(3, 1, "bottom-right")),
+        pytest.param(
+            VARLEN, lambda: Cached(torch.tensor([4, 7]), within=Window(2, 0, "bottom-right")), marks=needs_varlen
+        ),
+    ],
+    ids=["window", "lengths"],
+)
+def test_one_graph_serves_every_length(called, name, made):
+    graphs = CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+    bias = made()
+
+    def call(query, key, value, bias):
+        return attention(query, key, value, bias, kernel=name)
+
+    call(*drawn(9, 14), bias)  # plugins are found at the first call, which is a change that graphs look at
+    compiled = torch.compile(call, fullgraph=True, backend=graphs, dynamic=True)
+    for lengths in ((9, 14), (11, 17), (10, 30)):
+        operands = drawn(*lengths)
+        torch.testing.assert_close(compiled(*operands, bias), call(*operands, bias), **CLOSE)
+    assert graphs.frame_count == 1
 
 
 # The kit

@@ -127,6 +127,12 @@ REFUSED = {
         "bias",
         "with head_dim 256, got KeyPadding",
     ),
+    "documents with gaps with the longest head_dim of Blackwell": (
+        {"fa4": B200},
+        asked(Segments([64, 64], [60, 60], starts_kv=[0, 64]), head_dim=256, head_dim_v=256),
+        "bias",
+        "padding or gaps with head_dim 256, got Segments",
+    ),
     "a gradient through the LSE with the longest head_dim of Blackwell": (
         {"fa4": B200},
         asked(head_dim=256, head_dim_v=256, return_lse=True, requires_grad=True),
@@ -373,7 +379,7 @@ def test_a_later_release_has_gradients_of_any_length(tmp_path):
         assert not refused("fa2", long)
 
 
-@pytest.mark.parametrize("version", [VERSIONS["fa4"], "4.0.0b11"])
+@pytest.mark.parametrize("version", [VERSIONS["fa4"], "4.0.0b13"])
 def test_what_is_publicly_known_to_be_wrong_of_flash_attention_4_is_refused_by_name(tmp_path, monkeypatch, version):
     from attn_core import known_bad
 

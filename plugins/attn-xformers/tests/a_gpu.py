@@ -23,9 +23,9 @@ def a_gpu(capability: tuple[int, int]) -> Iterator[dict[str, Pair]]:
         mock.patch.object(torch.cuda, "is_available", return_value=True),
         mock.patch.object(torch.cuda, "device_count", return_value=1),
         mock.patch.object(torch.version, "cuda", "12.8"),
-        mock.patch.object(fmha.common, "_built_with_cuda", True),
+        mock.patch.object(fmha.common, "_built_with_cuda", True, create=True),
         # Views, of which it looks at none; a torch that is built without CUDA makes none of what lies there.
-        mock.patch.object(fmha.cutlass_blackwell, "_convert_input_format", return_value=(None,) * 6),
+        mock.patch(f"{fmha.cutlass_blackwell.FwOp.__module__}._convert_input_format", return_value=(None,) * 6),
         *(mock.patch.object(each, "OPERATOR", print) for each in classes),
     ]
     for patch in patches:

@@ -183,6 +183,22 @@ def test_operators_that_live_in_another_library_are_found_through_xformers(tmp_p
         sys.modules.pop("mslk_of_tomorrow", None)
 
 
+def test_an_xformers_whose_operators_library_is_missing_names_it(tmp_path):
+    """It hides that, and is imported without any operator."""
+    with installed(tmp_path, changes={"ops/fmha/__init__": ""}):
+        state, reason, fix = only(conditions())
+    assert state == "absent"
+    assert reason == "xformers 0.0.35 takes its operators from mslk, which is not installed"
+    assert fix == "pip install mslk"
+
+
+def test_operators_of_another_library_need_no_extension_of_xformers(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    source = WITH_CUTLASS["ops/fmha/cutlass"] + "    operator.__module__ = 'mslk.attention.fmha.cutlass'\n"
+    with installed(tmp_path, changes={"ops/fmha/cutlass": source}):
+        assert conditions()["xformers/cutlass"].state == "ready"
+
+
 def test_listing_the_kernels_imports_no_xformers(tmp_path):
     with installed(tmp_path, changes={"__init__": "raise SystemExit('xFormers was imported')"}):
         asked = """

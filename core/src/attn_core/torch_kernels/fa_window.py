@@ -71,7 +71,7 @@ def _called(
     if causal:
         window = (-1, -1)
     elif window == CAUSAL:
-        window = (max(max_kv - 1, 0), 0)
+        window = (max_kv - 1, 0)
     out, lse, *_ = _forward(
         query,
         key,

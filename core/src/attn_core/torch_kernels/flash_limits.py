@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from ..bias import ALiBi, AttnBias, Causal, Mask, Segments, Window
+from ..bias.base import known
 from ..bias.diagonal import offset
 from ..bias.documents import Band, unpack
 from ..bias.segments import band_of
@@ -92,9 +93,10 @@ def of_alibi(alibi: ALiBi, mask: Mask | None, seqlen_q: int, seqlen_kv: int) -> 
 
 def of_tokens(problem: Problem) -> Iterator[Refusal]:
     """Of a packed call: positions in all sequences together."""
-    most = problem.batch * max(problem.seqlen_q, problem.seqlen_kv)
-    if most > MOST_TOKENS:
-        yield Refusal("batch", f"takes {MOST_TOKENS} tokens in all, got {most}")
+    for seqlen in (problem.seqlen_q, problem.seqlen_kv):
+        if known(problem.batch * seqlen > MOST_TOKENS):
+            yield Refusal("batch", f"takes {MOST_TOKENS} tokens in all, got {problem.batch * seqlen}")
+            return
 
 
 @constant

@@ -55,7 +55,7 @@ def packed(bias: AttnBias | None, query: Tensor, key: Tensor) -> Packed:
         seqlens, window = bias.seqlens_kv, limits(band_of(bias.within))
     each = replace(each, used_kv=seqlens.to(device).clamp(0, seqlen_kv).to(torch.int32).contiguous(), window=window)
     if is_a_window(window):
-        each = replace(each, max_kv=max(seqlen_kv, seqlen_q))
+        each = replace(each, max_kv=torch.sym_max(seqlen_kv, seqlen_q))  # type: ignore[no-untyped-call]
     if isinstance(bias, Paged):
         last = key.shape[0] - 1
         each = replace(each, pages=bias.page_table.to(device).clamp(0, last).to(torch.int32).contiguous())

@@ -21,6 +21,7 @@ from attn_core.errors import AttnError
 #: The releases of xFormers that are spoken to, as specifiers of versions.
 SUPPORTED = ">=0.0.35,<0.0.36"
 INSTALL = "pip install 'attn-xformers[xformers]'"
+MSLK = "pip install mslk"
 #: All operators are reached through here; where their classes live (newer releases take them from mslk) does not count.
 FMHA = "xformers.ops.fmha"
 #: Distributions that xFormers imports where it finds them, and which take it down where they are broken.
@@ -38,9 +39,13 @@ def unusable() -> Unusable | None:
     known = metadata_version()
     if known is not None and not is_supported(known):
         return _other_version(known)
-    fmha()
+    operators = fmha()
     found = installed()
-    return None if is_supported(found) else _other_version(found)
+    if not is_supported(found):
+        return _other_version(found)
+    if not hasattr(operators, "Inputs"):  # it hides that what it takes its operators from is missing
+        return Unusable("absent", f"xformers {found} takes its operators from mslk, which is not installed", MSLK)
+    return None
 
 
 def _other_version(found: str) -> Unusable:
@@ -48,10 +53,11 @@ def _other_version(found: str) -> Unusable:
     return Unusable("unavailable", text, INSTALL)
 
 
-def without_cuda() -> Unusable | None:
-    """Why the operators for CUDA cannot run on this machine, or None."""
+def without_cuda(operator: Any) -> Unusable | None:
+    """Why an operator for CUDA cannot run on this machine, or None. Those of mslk need no extension of xFormers."""
     build: Any = import_module("xformers._cpp_lib")
-    if not build._built_with_cuda and torch.version.hip is None:
+    is_own = operator.__module__.partition(".")[0] == "xformers"
+    if is_own and not build._built_with_cuda and torch.version.hip is None:
         cause = build._cpp_library_load_exception
         said = f": {_in_one_line(cause)}" if cause is not None else ""
         text = f"the extension of xformers {installed()} cannot be loaded beside torch {torch.__version__}{said}"

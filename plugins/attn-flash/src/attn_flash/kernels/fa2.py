@@ -25,6 +25,7 @@ from attn_core import (
     Window,
 )
 from attn_core.bias import AttnBias, Sum
+from attn_core.bias.base import known
 from attn_core.torch_kernels import flash_limits
 
 from .. import library
@@ -92,15 +93,16 @@ def _refusals_of_releases(problem: Problem) -> Iterator[Refusal]:
     elif capability is not None and capability >= (10, 0) and library.is_older(library.FA2, "2.7.3"):
         text = f"flash-attn {library.installed(library.FA2)} was released before there were kernels for sm_100"
         yield Refusal("compute_capability", f"{text}, got sm_{capability[0]}{capability[1]}; they came with 2.7.3")
-    if problem.needs_backward and library.is_older(library.FA2, "2.8.4"):
-        rounded = -(-problem.seqlen_q // 128) * 128 * problem.num_heads * -(-problem.head_dim // 32) * 32
-        if problem.bias is None or not isinstance(problem.bias.mask, Segments):
-            yield from _refusals_of_long_gradients(rounded)
+    segments = problem.bias is not None and isinstance(problem.bias.mask, Segments)
+    if problem.needs_backward and not segments and library.is_older(library.FA2, "2.8.4"):
+        yield from _refusals_of_long_gradients(problem)
 
 
-def _refusals_of_long_gradients(elements: int) -> Iterator[Refusal]:
+def _refusals_of_long_gradients(problem: Problem) -> Iterator[Refusal]:
     """Places in the gradient of query are 32 bits (https://github.com/Dao-AILab/flash-attention/pull/2260)."""
-    if elements >= 2**31:
+    rows = -(-problem.seqlen_q // 128) * 128
+    elements = rows * problem.num_heads * (-(-problem.head_dim // 32) * 32)
+    if known(elements >= 2**31):
         text = "takes in the backward up to 2**31 - 1 elements of seqlen_q * num_heads * head_dim, rounded up to tiles"
         yield Refusal("seqlen_q", f"{text}, got {elements}")
 

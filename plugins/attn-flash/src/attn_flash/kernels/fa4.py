@@ -28,7 +28,6 @@ from attn_core.bias import AttnBias
 from .. import library
 from . import masks, priors
 from .fa2 import HALF
-from .fa3 import has_cache
 
 IN_BACKWARD: frozenset[type[AttnBias] | AttnBias] = frozenset({Causal("bottom-right"), Window, Segments})
 BIASES: frozenset[type[AttnBias] | AttnBias] = frozenset({*IN_BACKWARD, KeyPadding, Cached, Paged})
@@ -57,8 +56,8 @@ def _refusals_of_blackwell(problem: Problem) -> Iterator[Refusal]:
         yield Refusal("head_dim_v", f"{text}, got {dim} with {dim_v}")
     if dim == 256 and problem.softcap is not None:
         yield Refusal("softcap", f"takes no softcap with head_dim 256, got {problem.softcap:g}")
-    if dim == 256 and has_cache(problem):
-        yield Refusal("bias", f"takes no cache, pages or padding with head_dim 256, got {problem.bias!r}")
+    if dim == 256 and problem.bias is not None and problem.bias.has_padding:
+        yield Refusal("bias", f"takes no cache, pages, padding or gaps with head_dim 256, got {problem.bias!r}")
     if dim == 256 and problem.needs_backward and problem.return_lse:
         yield Refusal("lse_grad", "does not differentiate through the LSE with head_dim 256, and a gradient is needed")
 

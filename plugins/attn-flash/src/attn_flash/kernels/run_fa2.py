@@ -41,7 +41,7 @@ def run(
     causal, window = it.causal, window_of(it.left, it.right, told)
     if causal and it.alibi is not None and return_lse:
         longest = key.shape[1] if told is None else told.max_kv
-        causal, window = False, (max(longest - 1, 0), 0)
+        causal, window = False, (longest - 1, 0)
     options: dict[str, Any] = {
         "softmax_scale": scale,
         "causal": causal,

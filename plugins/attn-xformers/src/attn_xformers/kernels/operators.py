@@ -79,7 +79,7 @@ class Operator:
         if not pair.forward.is_available():
             needs = f"; it needs {self.needs}" if self.needs else ""
             return Unusable("unavailable", f"{pair.forward.NAME} of xformers {library.installed()} is not built{needs}")
-        return library.without_cuda() if set(pair.forward.SUPPORTED_DEVICES) == {"cuda"} else None
+        return library.without_cuda(pair.forward) if "cpu" not in pair.forward.SUPPORTED_DEVICES else None
 
 
 def _pair(operator: Operator) -> Pair:

@@ -14,7 +14,7 @@ from attn_core.bias.zero_padded import ZeroPadded
 from attn_core.capabilities import BiasKind
 
 from . import asked
-from .forms import TENSOR, Form
+from .forms import NO_BIAS, TENSOR, Form, forms
 from .operators import Manners, Pair
 
 #: Float8 tensors come with scales of their own, which nothing here gives.
@@ -93,18 +93,19 @@ def capabilities(
     )
     of_device = device if device in forward.SUPPORTED_DEVICES else min(forward.SUPPORTED_DEVICES)
     where = asked.device_of(str(of_device), capability)
-    dims = sizes(forward, of_size, where)
+    plain = plain_form(pair)
+    dims, dims_v = sizes(forward, plain, of_size, where)
     on_rocm = torch.version.hip is not None  # whose devices have numbers of their own, which no operator limits
     return OperatorCapabilities(
         devices=frozenset(forward.SUPPORTED_DEVICES),
         dtypes=dtypes,
         head_dims=dims,
-        head_dims_v=dims if takes_another_value(forward, of_size, where) else None,
+        head_dims_v=dims_v,
         biases=kinds(forward, pair.manners),
-        backward=None if backward is None else _backward(pair, of_size, where, dims),
+        backward=None if backward is None else _backward(pair, plain, of_size, where, dims),
         gqa=forward.SUPPORTS_BMGHK,
         gqa_backward=backward is not None and backward.SUPPORTS_BMGHK,
-        head_dims_v_backward=None if backward is None else sizes(backward, of_size, where),
+        head_dims_v_backward=None if backward is None else sizes(backward, plain, of_size, where)[1] or (),
         dropout=forward.SUPPORTS_DROPOUT,
         return_lse=pair.manners.gives_lse,
         deterministic=forward.IS_DETERMINISTIC,
@@ -113,9 +114,17 @@ def capabilities(
     )
 
 
-def _backward(pair: Pair, dtype: torch.dtype, where: torch.device | None, dims_of_forward: Collection[int]) -> Backward:
+def plain_form(pair: Pair) -> Form:
+    """What a pair is asked with about sizes: no bias, or lengths where it needs some."""
+    possible = [form for form in forms(None, 1, 64, 64) if asked.allowed(pair, form, False)]
+    return possible[0] if possible else Form(kind=NO_BIAS)
+
+
+def _backward(
+    pair: Pair, plain: Form, dtype: torch.dtype, where: torch.device | None, dims_of_forward: Collection[int]
+) -> Backward:
     backward = pair.backward
-    dims = sizes(backward, dtype, where)
+    dims, _ = sizes(backward, plain, dtype, where)
     dtypes = frozenset(backward.SUPPORTED_DTYPES) & DTYPES
     biases = kinds(backward, pair.manners)
     return Backward(
@@ -143,10 +152,22 @@ def kinds(operator: Any, manners: Manners) -> frozenset[BiasKind]:
     return frozenset(says)
 
 
-def sizes(operator: Any, dtype: torch.dtype, where: torch.device | None) -> Collection[int]:
-    """The head_dims that an operator takes in the plainest problem of that dtype."""
+def sizes(
+    operator: Any, plain: Form, dtype: torch.dtype, where: torch.device | None
+) -> tuple[Collection[int], Collection[int] | None]:
+    """The head_dims that an operator takes in the plainest problem of that dtype, and the head_dims_v; None where that
+    must be the same."""
+    takes = _asker(operator, plain, dtype, where)
+    dims = _taken(operator, takes)
+    base = 64 if 64 in dims else min(dims)
+    if not operator.SUPPORTS_DIFFERENT_VALUE_EMBED or not any(takes(base, base * n) for n in (2, 3, 4)):
+        return dims, None
+    return dims, _taken(operator, lambda dim_v: takes(base, dim_v))
+
+
+def _taken(operator: Any, takes: Callable[[int], bool]) -> Collection[int]:
+    """Those between the operator's own limits: a range where they are regular as far as was asked."""
     low, high = max(1, int(operator.SUPPORTED_MIN_K)), int(operator.SUPPORTED_MAX_K)
-    takes = _asker(operator, dtype, where)
     whole = [dim for dim in range(STEP, min(high, LARGEST_ASKED) + 1, STEP) if dim >= low]
     found = [dim for dim in whole if takes(dim)]
     if found != whole or not found:
@@ -155,13 +176,7 @@ def sizes(operator: Any, dtype: torch.dtype, where: torch.device | None) -> Coll
     return range(-(-low // step) * step, high + 1, step)
 
 
-def takes_another_value(operator: Any, dtype: torch.dtype, where: torch.device | None) -> bool:
-    """Whether value's size may be another than query's, on that device."""
-    takes = _asker(operator, dtype, where)
-    return bool(operator.SUPPORTS_DIFFERENT_VALUE_EMBED) and any(takes(64, other) for other in (32, 128))
-
-
-def _asker(operator: Any, dtype: torch.dtype, where: torch.device | None) -> Callable[..., bool]:
+def _asker(operator: Any, plain: Form, dtype: torch.dtype, where: torch.device | None) -> Callable[..., bool]:
     """Whether it takes that head_dim, and head_dim_v. Without such a device, by what it says of shapes alone."""
     if where is None:
         return lambda dim, dim_v=None: not operator.shape_not_supported_reasons(Mq=64, Mkv=64, K=dim, Kv=dim_v or dim)
@@ -178,7 +193,7 @@ def _asker(operator: Any, dtype: torch.dtype, where: torch.device | None) -> Cal
             dtype=dtype,
             device=where.type,
         )
-        return asked.reasons(operator, asked.stand_ins(problem, Form(kind="NoneType"), where), 0.0, None)
+        return asked.reasons(operator, asked.stand_ins(problem, plain, where), 0.0, None)
 
     #: What stands against any size, as a dtype that this device does not have.
     always = set(asks(64)) & set(asks(128)) & set(asks(STEP))
