@@ -76,10 +76,11 @@ def needed(text: str) -> list[str]:
 
 def missing(text: str) -> list[str]:
     """The distributions among those that `needed` names that are not installed."""
-    return [packages()[name] for name in needed(text) if not _is_installed(packages()[name])]
+    return [packages()[name] for name in needed(text) if not is_installed(packages()[name])]
 
 
-def _is_installed(distribution: str) -> bool:
+def is_installed(distribution: str) -> bool:
+    """Whether there is one, so that its entry points are found; a folder on the path alone has none."""
     return any(True for _ in metadata.distributions(name=distribution))
 
 

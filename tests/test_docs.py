@@ -345,14 +345,23 @@ def commands_in(text):
     return [line for info, body in blocks(text) if not info for line in body.splitlines() if line.startswith("attn ")]
 
 
+def packages_in(line):
+    """The packages of the plugins whose kernels a command names."""
+    command = line.split("#")[0]
+    return [package for package, name in generate.packages().items() if f"{name.removeprefix('attn-')}/" in command]
+
+
 def test_command_lines_in_the_documents_work(alone, tmp_path, monkeypatch):
     texts = [text for text in map(text_of, PAGES) if not generate.missing(text)]
     lines = [line for text in texts for line in commands_in(text)]
     assert lines
     monkeypatch.chdir(tmp_path)  # some write a file
     for line in lines:
-        result = CliRunner().invoke(main, shlex.split(line)[1:])
-        assert result.exit_code == 0, f"{line}: {result.output}"
+        packages = packages_in(line)
+        if all(generate.is_installed(generate.packages()[package]) for package in packages):
+            with generate.alone_with(packages):
+                result = CliRunner().invoke(main, shlex.split(line)[1:])
+            assert result.exit_code == 0, f"{line}: {result.output}"
 
 
 # Plugins
