@@ -337,6 +337,27 @@ def flash(session: nox.Session) -> None:
     session.run("pytest", *(session.posargs or everything), env=env)
 
 
+@nox.session
+def cuda_compile(session: nox.Session) -> None:
+    """Compile every kernel of attn-cuda-ref for four architectures, without a GPU: up to head_dim 128 none may spill.
+
+    Arguments go to the script: `nox -s cuda_compile -- --every 20` compiles a twentieth.
+    """
+    install_torch(session)
+    install(session, "-e", "core")
+    install_or_skip(session, "-c", CONSTRAINTS, "-e", "plugins/attn-cuda-ref[nvrtc]")
+    session.run("python", "plugins/attn-cuda-ref/checks/compile_gate.py", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def cuda_emulated(session: nox.Session) -> None:
+    """Run every check, case, mistake and schedule of attn-cuda-ref's kernels in the emulator; needs g++, and no GPU."""
+    install_torch(session)
+    install(session, "-e", "core[test]", "-e", "plugins/attn-cuda-ref[test]")
+    tests = sorted(Path("plugins/attn-cuda-ref/tests").glob("every_*_emulated.py"))
+    session.run("pytest", *(session.posargs or [*IN_TWO, *map(str, tests)]), env=ONE_THREAD)
+
+
 def install_torch(session: nox.Session) -> None:
     """Installs torch alone, in the version that constraints.txt names."""
     session.install(pinned_torch())

@@ -1,0 +1,141 @@
+"""Compiled kernels on disk, so that a kernel is compiled once and not once for each process.
+
+A cubin is code that will run, so the folder must be the user's own and closed to everybody else, or it is not used. A
+file is written aside and renamed, so that nobody reads half of one and two processes that write the same do no harm. It
+begins with its own hash: a file that was cut off or changed is not there. Nothing here fails a call: without the folder
+kernels are compiled anew, and a warning says why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import tempfile
+import warnings
+from pathlib import Path
+
+from .errors import CacheWarning
+
+#: The folder; empty: none is used. By default `attn/cuda-ref` in the user's folder of caches.
+FOLDER = "CUDA_REF_CACHE"
+#: Bytes that all files may have together; the ones that were not read for longest go first.
+LIMIT = 256 << 20
+SUFFIX = ".cubin"
+MAGIC = b"attn-cuda-ref 1\n"
+
+
+def default_folder() -> Path | None:
+    """What `CUDA_REF_CACHE` says, or a folder in `XDG_CACHE_HOME` or ~/.cache; None where none is wanted."""
+    said = os.environ.get(FOLDER)
+    if said is not None:
+        return Path(said).expanduser() if said else None
+    caches = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(caches or Path.home() / ".cache") / "attn" / "cuda-ref"
+    except RuntimeError:  # no home
+        return None
+
+
+class Cache:
+    """Cubins by their key, a hex string."""
+
+    def __init__(self, folder: Path | None, limit: int = LIMIT) -> None:
+        self.folder = folder
+        self.limit = limit
+        self._said: set[str] = set()
+
+    def get(self, key: str) -> bytes | None:
+        """The cubin; None where there is none, or none that is whole."""
+        if self.folder is None or not self.folder.is_dir() or not self._is_trusted():
+            return None
+        path = self.folder / (key + SUFFIX)
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self._say(f"{path} cannot be read: {error.strerror or error}")
+            return None
+        cubin = _whole(content)
+        if cubin is not None:
+            _touch(path)
+        return cubin
+
+    def put(self, key: str, cubin: bytes) -> None:
+        """Keeps it, where that is possible."""
+        if self.folder is None:
+            return
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not self._is_trusted():
+                return
+            self._write(key, MAGIC + hashlib.sha256(cubin).digest() + cubin)
+            self._shrink()
+        except OSError as error:
+            self._say(f"{self.folder} cannot be written to: {error.strerror or error}")
+
+    def _write(self, key: str, content: bytes) -> None:
+        assert self.folder is not None
+        handle, aside = tempfile.mkstemp(dir=self.folder, prefix=f"{key}.", suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            os.replace(aside, self.folder / (key + SUFFIX))
+        except BaseException:
+            Path(aside).unlink(missing_ok=True)
+            raise
+
+    def _shrink(self) -> None:
+        """Removes files until the rest is within the limit, those first that were not read for longest."""
+        assert self.folder is not None
+        found = []
+        for path in self.folder.glob(f"*{SUFFIX}"):
+            try:
+                status = path.stat()
+            except FileNotFoundError:  # another process was faster
+                continue
+            found.append((status.st_mtime_ns, status.st_size, path))
+        excess = sum(size for _, size, _ in found) - self.limit
+        for _, size, path in sorted(found):
+            if excess <= 0:
+                return
+            path.unlink(missing_ok=True)
+            excess -= size
+
+    def _is_trusted(self) -> bool:
+        """Whether the folder is this user's and closed to others; where it is not, a warning says so."""
+        assert self.folder is not None
+        if not hasattr(os, "getuid"):  # no owners, no modes
+            return True
+        status = self.folder.stat()
+        if status.st_uid != os.getuid():
+            self._say(f"{self.folder} belongs to user {status.st_uid}, and you are {os.getuid()}")
+            return False
+        if stat.S_IMODE(status.st_mode) & 0o077:
+            mode = stat.S_IMODE(status.st_mode)
+            self._say(f"{self.folder} is open to others (mode {mode:o}); close it: chmod 700 {self.folder}")
+            return False
+        return True
+
+    def _say(self, reason: str) -> None:
+        if reason in self._said:
+            return
+        self._said.add(reason)
+        text = f"cuda-ref: compiled kernels are not kept: {reason}. {FOLDER} names another folder, or none"
+        warnings.warn(text, CacheWarning, stacklevel=2)
+
+
+def _whole(content: bytes) -> bytes | None:
+    """The cubin of a file's content; None where it is not what was written."""
+    start = len(MAGIC)
+    digest, cubin = content[start : start + 32], content[start + 32 :]
+    return cubin if content[:start] == MAGIC and hashlib.sha256(cubin).digest() == digest else None
+
+
+def _touch(path: Path) -> None:
+    """Notes that a file was read."""
+    try:
+        os.utime(path)
+    except OSError:  # of a read-only folder
+        return
