@@ -10,7 +10,7 @@ from attn_core.conformance import check_kernel
 from attn_core.conformance.checks import CHECKS
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest imports tests without their folder on it
-from flash_doubled import KERNELS, doubled, registered
+from flash_ops_doubled import KERNELS, doubled, registered
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -35,7 +35,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest imports tests without their folder on it
-from flash_doubled import KERNELS, Asked, doubled, limits, logits_of, registered
+from flash_ops_doubled import KERNELS, Asked, doubled, limits, logits_of, registered
 
 FA, VARLEN = "torch/fa-window", "torch/varlen"
 needs_varlen = pytest.mark.skipif(
