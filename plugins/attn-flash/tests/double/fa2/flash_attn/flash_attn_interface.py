@@ -1,8 +1,8 @@
 """FlashAttention-2's functions, by their published signatures, over the double of its extension.
 
 As in the real package: head_dim is padded to a multiple of 8, with the scale of the unpadded one; the output comes
-alone, or as one of three with the LSE; no gradient flows from the LSE. Other than there, these are no ops of torch: what
-traces them (torch.compile) traces into the double, and asks it for lengths that are not known yet.
+alone, or as one of three with the LSE; no gradient flows from the LSE. Other than there, these are no ops of torch:
+what traces them (torch.compile) traces into the double, and asks it for lengths that are not known yet.
 """
 
 from __future__ import annotations
