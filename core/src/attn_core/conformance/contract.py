@@ -306,6 +306,7 @@ def can_be_traced(subject: Subject, case: Case) -> None:
 
 def _near(name: str, got: Tensor, want: Tensor) -> None:
     """Within a thousandth of the largest number, in half precision within a twentieth: there is no naive run beside."""
+    got, want = got.detach(), want.detach()
     size = float(want.abs().max()) if want.numel() else 0.0
     part = 1e-3 if got.dtype in (torch.float32, torch.float64) else 5e-2
     error = float((got.double() - want.double()).abs().max()) if want.numel() else 0.0
