@@ -1,6 +1,6 @@
 """What the emulator builds for the tests is built once for all processes of a run, and goes with it.
 
-ATTN_EMULATOR_FOLDER=FOLDER keeps it for the next run: what is there is known by its content.
+CUDA_REF_EMULATOR=FOLDER keeps it for the next run: what is there is known by its content.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import tempfile
 
 import pytest
 
-VARIABLE = "ATTN_EMULATOR_FOLDER"
+VARIABLE = "CUDA_REF_EMULATOR"
 kept: list[tempfile.TemporaryDirectory[str]] = []
 
 

@@ -34,7 +34,7 @@ class EmulatedLauncher:
         seed: of the random schedule.
         workers: OS threads that take blocks; the checked build and the sanitizers have one.
         patience: seconds of the CPU that a thread may run without meeting another or ending; the sanitizers have all.
-        folder: of what is built; by default the one that ATTN_EMULATOR_FOLDER names, or one of this process.
+        folder: of what is built; by default the one that CUDA_REF_EMULATOR names, or one of this process.
         texts: where a kernel's includes are.
     """
 
@@ -114,8 +114,8 @@ class EmulatedFunction:
 
 @cache
 def folder_of_process() -> Path:
-    """Where builds go when nobody says where: removed when the process ends, unless ATTN_EMULATOR_FOLDER names one."""
-    named = os.environ.get("ATTN_EMULATOR_FOLDER")
+    """Where builds go when nobody says where: removed when the process ends, unless CUDA_REF_EMULATOR names one."""
+    named = os.environ.get("CUDA_REF_EMULATOR")
     if named:
         return Path(named)
     kept.append(tempfile.TemporaryDirectory(prefix="attn-emulator-"))
