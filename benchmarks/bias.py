@@ -1,9 +1,10 @@
 """What does a mask save?
 
 Windows, neighborhoods and packed documents by torch/tiled, against SDPA with the dense boolean mask, which is built
-outside the timing. Both take turns in one process, on two threads; the median of each is compared. The first call is
-timed with its tables still to be made. Memory is the peak of a process of its own over one that only holds inputs,
-output and gradients. Growth is the time of a longer sequence over that of a shorter one, per token.
+outside the timing. Both take turns in one process, on two threads; the median of each is compared. Each mask has a
+process of its own: which pages a process holds from earlier, larger tensors changes what SDPA's take by a third. The
+first call is timed with its tables still to be made. Memory is the peak of a process of its own over one that only
+holds inputs, output and gradients. Growth is the time of a longer sequence over that of a shorter one, per token.
 
     nox -s bench -- bias [--part speed|memory|growth] [--only TEXT] [--rounds N] [--json FILE]
 """
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from attn_core import Causal, Mask, Neighborhood, Segments, Window, attention
@@ -162,6 +163,14 @@ def speed(case: Case, rounds: int) -> list[Finding]:
     return found
 
 
+def in_process(case: Case, rounds: int) -> list[Finding]:
+    """`speed` of a mask, in a process that has not run any other."""
+    command = [sys.executable, __file__, "--speed", case.name, "--rounds", str(rounds)]
+    print(f"{case.name} …", file=sys.stderr, flush=True)
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return [Finding(**finding) for finding in json.loads(printed)]
+
+
 #: What is held at the end of each measured process; the second process only makes these.
 SIZES = {"forward": 4, "forward + backward": 8}
 
@@ -259,10 +268,16 @@ def main() -> None:
     parser.add_argument("--only", default="", help="of the speeds, those of masks whose name holds this text")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--peak", choices=tuple(SIZES), help=argparse.SUPPRESS)
+    parser.add_argument("--speed", metavar="CASE", help=argparse.SUPPRESS)
     parser.add_argument("--only-hold", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak is not None:
         peak(options.peak, options.only_hold)
+        return
+    if options.speed is not None:
+        torch.set_num_threads(THREADS)
+        [case] = [case for case in CASES if case.name == options.speed]
+        print(json.dumps([asdict(finding) for finding in speed(case, options.rounds)]))
         return
     cases = [case for case in CASES if options.only in case.name]
     if not cases:
@@ -278,7 +293,7 @@ def main() -> None:
         sections["growth"] = growth(options.rounds)
     if options.part in ("speed", "all"):
         sections["speed, against SDPA with a dense boolean mask"] = [
-            finding for case in cases for finding in speed(case, options.rounds)
+            finding for case in cases for finding in in_process(case, options.rounds)
         ]
     report(sections, options.json)
 
