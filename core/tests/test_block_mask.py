@@ -108,6 +108,17 @@ def test_the_dense_form_is_its_own_loops_and_tiles_and_spans_cover_it(name):
             assert kind != "full" or block.all()
 
 
+@pytest.mark.parametrize("within", [None, Window(1, 0, "top-left")], ids=["alone", "window within"])
+@pytest.mark.parametrize(("shape", "lengths"), [((2, 0), (5, 0)), ((BATCH, HEADS, 0, 2), (0, 5))], ids=str)
+def test_where_there_are_no_blocks_nothing_is_seen(shape, lengths, within):
+    blocks = torch.ones(shape, dtype=torch.bool)
+    mask = BlockMask(blocks, 3, full=None if within is None else blocks, within=within).bind(*lengths)
+    assert mask.materialize().numel() == 0
+    low, high = mask.span(0, lengths[0])
+    assert 0 <= low <= high <= lengths[1]
+    assert mask.tile(0, 5, 0, 5) in ("empty", "mixed")
+
+
 @pytest.mark.parametrize("name", [name for name in IDS if CASES[name][0].within is None])
 def test_without_a_mask_within_spans_and_tiles_are_exact(name):
     mask, *lengths = CASES[name]

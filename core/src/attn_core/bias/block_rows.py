@@ -28,12 +28,17 @@ class Rows(NamedTuple):
 
 def rows_of(blocks: Tensor, full: Tensor | None) -> Rows:
     """The rows of `blocks`, of which those in `full` are seen whole; waits for their device."""
-    flat = blocks.reshape(-1, *blocks.shape[-2:])
+    flat = _stacked(blocks)
     whole = torch.zeros_like(flat[:1])
     if full is not None:
         both = blocks & full
-        whole = both.reshape(-1, *both.shape[-2:])
+        whole = _stacked(both)
     return Rows(_bits(flat.any(0)), _bits(flat.all(0)), _bits(whole.any(0)), _bits(whole.all(0)))
+
+
+def _stacked(blocks: Tensor) -> Tensor:
+    """`[batch * num_heads, blocks_q, blocks_kv]`; where there are none of these, reshape could not tell of how many."""
+    return blocks[None].flatten(0, -3)
 
 
 def has_all(rows: list[int], columns: int) -> bool:
