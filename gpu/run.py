@@ -4,15 +4,18 @@
 
 Steps, each of which writes a JSON file of its own into the folder of --out:
 
+    probes       each primitive of attn-cuda-ref's texts against its definition, by pytest, where that can be imported
     conformance  every ready kernel that declares cuda is held to what it declares, in a process of its own;
                  certificates lie in certificates/
     sanitizer    a few small problems of each, forward and backward, under compute-sanitizer, where that is installed
     figures      what a call costs beside the kernel, and what each kind of bias takes, against torch's own op
 
 Python 3.10+ with torch and pluggy is needed. What else the core imports may come in wheels; fill their folder where
-there is a network, for the Python of the machine (all of them are pure Python, so any platform will do):
+there is a network, for the Python of the machine (all of them are pure Python, so any platform will do). The last
+three are for the probes:
 
-    pip download --only-binary=:all: --no-deps -d wheels importlib-metadata zipp packaging pluggy
+    pip download --only-binary=:all: --no-deps -d wheels importlib-metadata zipp packaging pluggy \\
+        pytest iniconfig pygments
 
 A summary with device, driver and versions is written last, to summary.json. Exit codes: 0 all is well, 1 something
 failed, 2 the arguments or what is installed will not do, 3 no CUDA device. With 2 and 3, nothing is written.
@@ -35,7 +38,7 @@ from typing import Any
 
 import sources
 
-STEPS = ("conformance", "sanitizer", "figures")
+STEPS = ("probes", "conformance", "sanitizer", "figures")
 FAILED, UNFIT, NO_DEVICE = 1, 2, 3
 #: The form of the files; one more where a field changes its meaning.
 FORM = 1
@@ -106,9 +109,11 @@ def run_steps(options: argparse.Namespace, carried: list[str]) -> int:
     """Runs the chosen steps in order; one that raises has failed, and the next runs all the same."""
     import conformance
     import figures
+    import probes
     import sanitizer
 
     steps: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+        "probes": probes.run,
         "conformance": conformance.run,
         "sanitizer": sanitizer.run,
         "figures": figures.run,

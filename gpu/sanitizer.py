@@ -15,8 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-TOOLS = ("memcheck", "racecheck", "synccheck")
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 PLACES = ("/usr/local/cuda/bin", "/opt/cuda/bin")
+#: Each tensor in memory of its own: within the large pieces that torch else cuts up, no access is out of bounds.
+WITHOUT_POOL = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 #: Exit code by which it says that it found something.
 FOUND = 86
 #: Labels of the problems begin so: a dtype each, one token, lengths with a tail, causal.
@@ -39,13 +41,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 rows.append(row | {"outcome": "not run", "reason": reason})
                 continue
             command = [program, "--tool", tool, "--error-exitcode", str(FOUND), sys.executable, __file__, kernel.name]
-            rows.append(row | watched(command, limit=10 * options.limit))
+            rows.append(row | watched(command, limit=10 * options.limit, **WITHOUT_POOL))
     return outcome(rows) | {"program": program, "rows": rows}
 
 
-def watched(command: list[str], *, limit: float) -> dict[str, str]:
-    """How a command ended: passed, or failed with the last lines that it said."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+def watched(command: list[str], *, limit: float, **variables: str) -> dict[str, str]:
+    """How a command ended, run with these variables: passed, or failed with the last lines that it said."""
+    environment = os.environ | variables | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     try:
         done = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, timeout=limit

@@ -8,6 +8,7 @@ import importlib
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -18,7 +19,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 GPU = ROOT / "gpu"
-MODULES = ("run", "sources", "conformance", "sanitizer", "figures", "timing")
+MODULES = ("run", "sources", "probes", "conformance", "sanitizer", "figures", "timing")
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, so it would run")
 
 
@@ -119,8 +120,13 @@ def test_a_file_is_written_whole_or_not_at_all(script, tmp_path):
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"µs": 1.5}
 
 
+def test_the_probes_come_first_since_all_else_rests_on_them(script):
+    assert script("run").STEPS[0] == "probes"
+
+
 def test_a_step_that_raises_has_failed_and_the_others_run_all_the_same(script, options, monkeypatch):
     run = script("run")
+    monkeypatch.setattr(script("probes"), "run", lambda options: {"outcome": "passed", "reason": "9 probes"})
     monkeypatch.setattr(run, "machine", lambda: {"device": "none"})
     monkeypatch.setattr(script("conformance"), "run", lambda options: {"outcome": "passed", "kernels": []})
     monkeypatch.setattr(script("sanitizer"), "run", lambda options: {"outcome": "not run", "reason": "not there"})
@@ -130,6 +136,7 @@ def test_a_step_that_raises_has_failed_and_the_others_run_all_the_same(script, o
     summary = json.loads((options.out / "summary.json").read_text())
     assert (summary["form"], summary["machine"], summary["wheels"]) == (1, {"device": "none"}, ["a.whl"])
     assert {name: step["outcome"] for name, step in summary["steps"].items()} == {
+        "probes": "passed",
         "conformance": "passed",
         "sanitizer": "not run",
         "figures": "failed",
@@ -138,6 +145,80 @@ def test_a_step_that_raises_has_failed_and_the_others_run_all_the_same(script, o
     monkeypatch.setattr(script("figures"), "run", lambda options: {"outcome": "passed"})
     options.only = ["figures"]
     assert run.run_steps(options, []) == 0
+
+
+@pytest.fixture
+def probed(script, options, monkeypatch, tmp_path):
+    """Runs the step with these probes in place of the real ones, for a kernel called cuda-ref/simple."""
+    probes = script("probes")
+    from attn_core.registry import registry
+
+    def run(text):
+        tests = tmp_path / "test_doubled.py"
+        tests.write_text(text)
+        monkeypatch.setattr(probes, "TESTS", tests)
+        named = argparse.Namespace(name="cuda-ref/simple")
+        monkeypatch.setattr(registry, "kernels", lambda pattern: [named])
+        options.out.mkdir()
+        return probes.run(options)
+
+    return run
+
+
+PROBES = """
+import pytest
+
+@pytest.mark.parametrize("machine", ["plain forward", "gpu"])
+def test_shuffles(machine):
+    assert machine == "gpu", "an emulator is not what is asked for"
+
+@pytest.mark.parametrize("machine", ["gpu"])
+def test_copies(machine):
+    pytest.skip("from sm_80 on")
+"""
+
+
+def test_the_probes_of_the_device_are_rows(probed, options):
+    found = probed(PROBES)
+    assert (found["outcome"], found["reason"], found["passed"], found["skipped"]) == ("passed", "1 probes", 1, 1)
+    assert found["rows"][0] == {"probe": "test_shuffles[gpu]", "outcome": "passed"}
+    assert found["rows"][1]["reason"] == "from sm_80 on"
+    assert list(options.out.iterdir()) == [], "all of it is in the rows"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "failed"),
+    [
+        (PROBES.replace('assert machine == "gpu"', "assert 2 + 2 == 5"), "2 + 2", 1),
+        (PROBES.replace("    assert", "    pytest.skip('no CUDA device')\n    assert"), "no probe could run", 0),
+        ("import pytest\nimport nowhere_to_be_found\n", "nowhere_to_be_found", 1),
+    ],
+    ids=["a primitive that is not what it is believed to be", "nothing runs", "an error"],
+)
+def test_probes_that_fail_or_do_not_run_fail_their_step(probed, text, reason, failed):
+    found = probed(text)
+    assert found["outcome"] == "failed"
+    assert reason in found["reason"]
+    assert (found["passed"], found["failed"]) == (0, failed)
+
+
+def test_probes_are_not_run_for_other_kernels_nor_without_pytest(script, options, monkeypatch):
+    probes = script("probes")
+    found = probes.run(options)
+    assert (found["outcome"], found["reason"]) == ("not run", "no kernel of cuda-ref is among torch/math")
+    from attn_core.registry import registry
+
+    monkeypatch.setattr(registry, "kernels", lambda pattern: [argparse.Namespace(name="cuda-ref/simple")])
+    monkeypatch.setattr(probes, "find_spec", lambda name: None)
+    found = probes.run(options)
+    assert (found["outcome"], found["reason"][:25]) == ("not run", "pytest cannot be imported")
+
+
+def test_the_real_probes_have_one_of_the_device_for_each_primitive(script):
+    tests = script("probes").TESTS
+    entries = set(re.findall(r"__global__ void (\w+)\(", (tests.parent / "gpu" / "probes.cu").read_text()))
+    assert len(entries) > 10
+    assert {name for name in entries if f'run("{name}"' in tests.read_text()} == entries
 
 
 def test_conformance_checks_what_can_run_and_writes_certificates(script, options, monkeypatch):
@@ -200,6 +281,18 @@ def test_what_compute_sanitizer_finds_is_a_row(script, options, monkeypatch, tmp
         reason,
     )
     assert found["outcome"] == outcome
+
+
+def test_every_tool_of_compute_sanitizer_sees_each_tensor_in_memory_of_its_own(script, options, monkeypatch, tmp_path):
+    sanitizer, conformance = script("sanitizer"), script("conformance")
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(f'#!/bin/sh\necho "$2 $PYTORCH_NO_CUDA_MEMORY_CACHING" >> {tmp_path}/called\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", os.pathsep.join([str(tmp_path), os.environ["PATH"]]))
+    monkeypatch.setattr(conformance, "DEVICE", "cpu")
+    assert sanitizer.run(options)["outcome"] == "passed"
+    called = (tmp_path / "called").read_text().splitlines()
+    assert called == ["memcheck 1", "racecheck 1", "initcheck 1", "synccheck 1"]
 
 
 def test_the_small_problems_are_few_and_have_a_dtype_each(script):
