@@ -342,6 +342,7 @@ MEANINGS = {
     "Problem.bias_requires_grad": "a gradient to the bias is needed",
     "Backward.dtypes": "that the backward takes",
     "Backward.head_dims": "that the backward takes",
+    "Backward.gqa": "the backward takes fewer heads of key and value, too",
     "Backward.biases": "that the backward takes",
     "Backward.deterministic": "two runs of the backward are bit-equal",
     "Backward.min_compute_capability": "of CUDA devices, inclusive; None: as the forward",

@@ -154,6 +154,24 @@ def test_an_adaptation_of_more_elements_costs_more(narrow):
     assert extra[1] > 2 * extra[0] > 0
 
 
+def test_key_heads_are_repeated_only_for_the_backward_where_that_alone_needs_it():
+    capabilities = Capabilities(
+        devices={"cpu"}, dtypes={torch.float64}, head_dims={8}, gqa=True, backward=Backward(gqa=False)
+    )
+
+    def run(query, key, value, *, scale):
+        assert key.shape[2] == (4 if query.requires_grad else 2)
+        return naive_attention(query, key, value, None, scale=scale)[0]
+
+    with register(Kernel(name="toy/inference", run=run, capabilities=capabilities)):
+        for trained, adaptations in ((True, ("expand_kv",)), (False, ())):
+            problem = replace(BASE, **GROUPED, requires_grad=trained)
+            assert explain_problem(problem)["toy/inference"].adaptations == adaptations
+            (results,) = differences(problem, build(problem, seed=5), by_kernel("toy/inference"))
+            assert {result.name for result in results} == ({"out", "dq", "dk", "dv"} if trained else {"out"})
+            assert all(results), "\n".join(map(str, results))
+
+
 def test_the_default_scale_is_that_of_the_head_dim_before_padding(narrow):
     inputs = build(replace(BASE, **ODD), seed=1)
     operands = (inputs.query, inputs.key, inputs.value)

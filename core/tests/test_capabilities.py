@@ -56,7 +56,9 @@ def backward(**given):
         devices={"cpu", "cuda"},
         dtypes={torch.float32, torch.float16},
         head_dims={64, 128},
+        head_dims_v={32, 64, 128},
         biases={Causal, TensorBias},
+        gqa=True,
         return_lse=True,
         deterministic=True,
         backward=Backward(**given),
@@ -107,12 +109,19 @@ BACKWARD_FIELDS = {
         {"head_dim": 128, "head_dim_v": 128},
         "backward.head_dims",
     ),
+    "head_dims_v": (
+        backward(head_dims_v={32}),
+        backward(head_dims_v={128}),
+        {"head_dim_v": 32},
+        "backward.head_dims_v",
+    ),
     "biases": (
         backward(biases={Causal}),
         backward(biases=()),
         {"bias": Causal("top-left").bind(16, 16)},
         "backward.biases",
     ),
+    "gqa": (backward(gqa=True), backward(gqa=False), {"num_kv_heads": 2}, "backward.gqa"),
     "bias_grad": (backward(bias_grad=True), backward(), {"bias": TABLE, "bias_requires_grad": True}, "bias_grad"),
     "lse_grad": (backward(lse_grad=True), backward(), {"return_lse": True}, "lse_grad"),
     "deterministic": (
@@ -196,16 +205,32 @@ def test_all_reasons_are_listed_at_once_each_with_its_field_and_what_it_got():
 
 def test_all_reasons_of_the_backward_are_listed_at_once():
     lacking = replace(
-        backward(dtypes={torch.float16}, head_dims={128}, biases={Causal}, min_compute_capability=(9, 0)),
+        backward(
+            dtypes={torch.float16},
+            head_dims={128},
+            head_dims_v=(),
+            biases={Causal},
+            gqa=False,
+            min_compute_capability=(9, 0),
+        ),
         devices={"cuda"},
     )
+    sizes = {"head_dim_v": 32, "num_kv_heads": 2}
     asked = on_cuda(
-        (8, 0), bias=TABLE, bias_requires_grad=True, return_lse=True, deterministic=True, requires_grad=True
+        (8, 0), bias=TABLE, bias_requires_grad=True, return_lse=True, deterministic=True, requires_grad=True, **sizes
     )
     assert set(fields_refused(lacking, **asked)) == {
-        *("backward.dtypes", "backward.head_dims", "backward.biases", "bias_grad", "lse_grad"),
-        *("backward.deterministic", "backward.min_compute_capability"),
+        *("backward.dtypes", "backward.head_dims", "backward.head_dims_v", "backward.biases", "backward.gqa"),
+        *("bias_grad", "lse_grad", "backward.deterministic", "backward.min_compute_capability"),
     }
+    told = {r.field: r.message for r in lacking.refusals(replace(PLAIN, **asked))}
+    assert told["backward.head_dims_v"] == "takes head_dim_v equal to head_dim=64 in the backward, got 32"
+    assert told["backward.gqa"] == "takes num_kv_heads equal to num_heads=4 in the backward, got 2"
+
+
+@pytest.mark.parametrize("sizes_v", [(), {32}, range(8, 33, 8)], ids=repr)
+def test_a_head_dim_v_that_equals_head_dim_is_never_among_those_that_the_backward_lists(sizes_v):
+    assert fields_refused(backward(head_dims_v=sizes_v), requires_grad=True) == []
 
 
 @pytest.mark.parametrize(

@@ -110,10 +110,33 @@ def test_every_field_that_can_be_declared_has_a_check():
     checked = {field for check in CHECKS.values() if check.group in ("numbers", "contract") for field in check.fields}
     names = [field.name for field in fields(Capabilities)]
     names += [field.name for field in fields(Backward) if field.name in ("bias_grad", "lse_grad")]
-    names += [f"backward.{name}" for name in ("dtypes", "head_dims", "biases", "deterministic", "double")]
-    names.append("backward.min_compute_capability")
+    names += [f"backward.{name}" for name in ("dtypes", "head_dims", "head_dims_v", "biases", "gqa")]
+    names += [f"backward.{name}" for name in ("deterministic", "double", "min_compute_capability")]
     assert len(names) == len(fields(Capabilities)) + len(fields(Backward))
     assert not set(names) - checked
+
+
+@pytest.mark.parametrize("field", ["backward.gqa", "backward.head_dims_v"])
+def test_what_the_backward_alone_lacks_must_be_refused_there_by_its_name(field):
+    backward = Backward(gqa=False, head_dims_v=range(1, 65), bias_grad=True, lse_grad=True)
+    declared = replace(saboteurs.CLAIMS, head_dims_v=range(1, 129), gqa=True, backward=backward)
+
+    class Forgetful(Kernel):
+        def refusals(self, problem, **given):
+            return [refusal for refusal in super().refusals(problem, **given) if refusal.field != field]
+
+    honest, forgetful = (of(name="toy/k", run=saboteurs.attend, capabilities=declared) for of in (Kernel, Forgetful))
+    [result] = check_kernel(honest, only="refuses_what_it_does_not_claim")
+    assert result.status == "passed", result
+    [result] = check_kernel(forgetful, only="refuses_what_it_does_not_claim")
+    assert f"{field} is not declared" in result.reason
+    # The forward has it, so it is asked for there.
+    asked = [case.problem for case in claimed_cases(honest, "cpu")]
+    grouped = [problem for problem in asked if problem.num_kv_heads != problem.num_heads]
+    long = [problem for problem in asked if problem.head_dim_v == 128 != problem.head_dim]
+    assert grouped
+    assert long
+    assert not any(problem.requires_grad for problem in grouped + long)
 
 
 def test_what_is_declared_makes_the_problems():

@@ -330,6 +330,12 @@ WRONG = {
     ),
     "backward.dtypes": ({"backward": Backward(dtypes=torch.float32)}, "backward.dtypes: must be a set"),
     "backward.head_dims": ({"backward": Backward(head_dims=64)}, "backward.head_dims: must be a range or a set"),
+    "backward.head_dims_v": ({"backward": Backward(head_dims_v={0})}, "backward.head_dims_v: must hold sizes of 1"),
+    "backward.head_dims_v is a size": (
+        {"backward": Backward(head_dims_v=64)},
+        "backward.head_dims_v: must be a range or a set of sizes, got 64",
+    ),
+    "backward.gqa": ({"backward": Backward(gqa=1)}, "backward.gqa: must be True, False or None, got 1"),
     "backward.biases": ({"backward": Backward(biases={int})}, "backward.biases: must hold kinds or values"),
     "backward.bias_grad": ({"backward": Backward(bias_grad="yes")}, "backward.bias_grad: must be True or False"),
     "backward.min": ({"backward": Backward(min_compute_capability=8)}, "backward.min_compute_capability: must be two"),

@@ -213,7 +213,9 @@ def _apply_materialize(x: Operands, before: Problem, after: Problem, heads: int)
 GATHER_PAGES = Adaptation(
     "gather_pages", frozenset({"bias", "backward.biases"}), _gathered, _kv_elements, _apply_gather
 )
-EXPAND_KV = Adaptation("expand_kv", frozenset({"num_kv_heads"}), _expand, _expanded_elements, _apply_expand)
+EXPAND_KV = Adaptation(
+    "expand_kv", frozenset({"num_kv_heads", "backward.gqa"}), _expand, _expanded_elements, _apply_expand
+)
 PAD_HEAD_DIM = Adaptation("pad_head_dim", frozenset({"head_dim", "head_dim_v"}), _padded, _padded_elements, _apply_pad)
 CONTIGUOUS = Adaptation("contiguous", frozenset({"strided_head_dim"}), _contiguous, _all_elements, _apply_contiguous)
 ZERO_PADDING = Adaptation("zero_padding", frozenset({"bias", "backward.biases"}), _zeroed, _kv_elements, _apply_zero)

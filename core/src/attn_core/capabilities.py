@@ -40,7 +40,9 @@ class Backward:
 
     dtypes: Collection[torch.dtype] | None = None
     head_dims: Collection[int] | None = None
+    head_dims_v: Collection[int] | None = None  #: of those that differ from head_dim; empty: it must be equal
     biases: Collection[BiasKind] | None = None
+    gqa: bool | None = None
     bias_grad: bool = False  #: gives the gradient of a floating TensorBias, and of what else is held by biases it takes
     lse_grad: bool = False  #: differentiates through the LSE that it returns
     deterministic: bool = False
@@ -188,9 +190,16 @@ class Capabilities:
         if backward.head_dims is not None and problem.head_dim not in backward.head_dims:
             text = f"takes {_sizes(backward.head_dims)} in the backward, got {problem.head_dim}"
             found.append(Refusal("backward.head_dims", text))
+        sizes_v, dim_v = backward.head_dims_v, problem.head_dim_v
+        if sizes_v is not None and dim_v != problem.head_dim and dim_v not in sizes_v:
+            accepted = _sizes(sizes_v) if sizes_v else f"head_dim_v equal to head_dim={problem.head_dim}"
+            found.append(Refusal("backward.head_dims_v", f"takes {accepted} in the backward, got {dim_v}"))
         if backward.biases is not None and problem.bias is not None and not covers(backward.biases, problem.bias):
             text = f"takes {_listed_biases(backward.biases)} in the backward, got {problem.bias!r}"
             found.append(Refusal("backward.biases", text))
+        if backward.gqa is False and problem.num_kv_heads != problem.num_heads:
+            text = f"takes num_kv_heads equal to num_heads={problem.num_heads} in the backward"
+            found.append(Refusal("backward.gqa", f"{text}, got {problem.num_kv_heads}"))
         if problem.bias_requires_grad and not backward.bias_grad:
             found.append(Refusal("bias_grad", "gives no gradient to the bias, and one is needed"))
         if problem.return_lse and not backward.lse_grad:

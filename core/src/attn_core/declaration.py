@@ -59,8 +59,12 @@ def _wrong_in_backward(given: Any) -> list[str]:
         wrong += _wrong_members("dtypes", given.dtypes, torch.dtype, "dtypes, such as {torch.float16}")
     if given.head_dims is not None:
         wrong += _wrong_sizes("head_dims", given.head_dims)
+    if given.head_dims_v is not None:
+        wrong += _wrong_sizes("head_dims_v", given.head_dims_v, may_be_empty=True)
     if given.biases is not None:
         wrong += _wrong_biases(given.biases)
+    if given.gqa is not None and not isinstance(given.gqa, bool):
+        wrong.append(f"gqa: must be True, False or None, got {given.gqa!r}")
     wrong += _wrong_flags(given, FLAGS_OF_BACKWARD)
     return wrong + _wrong_compute_capability("min_compute_capability", given.min_compute_capability)
 
@@ -86,10 +90,10 @@ def _wrong_members(name: str, given: Any, kind: type, what: str) -> list[str]:
     return [f"{name}: must hold {what}, got {member!r}" for member in given if not isinstance(member, kind)]
 
 
-def _wrong_sizes(name: str, given: Any) -> list[str]:
-    if not isinstance(given, Collection) or not given:
+def _wrong_sizes(name: str, given: Any, *, may_be_empty: bool = False) -> list[str]:
+    if isinstance(given, str) or not isinstance(given, Collection) or not (given or may_be_empty):
         return [f"{name}: must be a range or a set of sizes, got {given!r}"]
-    ends: Any = (given[0], given[-1]) if isinstance(given, range) else given
+    ends: Any = (given[0], given[-1]) if isinstance(given, range) and given else given
     return [
         f"{name}: must hold sizes of 1 and more, got {size!r}" for size in ends if type(size) is not int or size < 1
     ]

@@ -151,8 +151,22 @@ def test_a_declaration_is_read_from_class_attributes(pairs):
     assert {TensorBias, Segments} < declared.biases
     [declared] = attn_core.kernel("mine/padded").declarations
     assert (declared.head_dims, declared.head_dims_v) == (range(8, 257, 8), range(8, 257, 8))
-    assert (declared.gqa, declared.gqa_backward, declared.dropout) == (True, False, True)
+    assert (declared.gqa, declared.backward.gqa, declared.dropout) == (True, False, True)
+    assert (declared.backward.head_dims, declared.backward.head_dims_v) == (None, None), "as the forward"
     assert declared.backward.bias_grad
+
+
+def test_what_the_backward_takes_of_heads_and_values_is_read_from_its_own_attributes(fmha):
+    made = cpu_operators.pair("alike", types=("None",), SUPPORTS_DIFFERENT_VALUE_EMBED=True, SUPPORTS_BMGHK=True)
+    made.backward.SUPPORTS_DIFFERENT_VALUE_EMBED = False
+    kernel = kernel_of("mine/alike", made.forward, made.backward)
+    [declared] = kernel.declarations
+    assert (declared.head_dims_v, declared.backward.head_dims_v) == (declared.head_dims, ())
+    assert (declared.gqa, declared.backward.gqa) == (True, made.backward.SUPPORTS_BMGHK)
+    values = replace(PLAIN, head_dim_v=32)
+    assert kernel.refusals(values) == []
+    told = [str(refusal) for refusal in kernel.refusals(replace(values, requires_grad=True))]
+    assert told[0] == "backward.head_dims_v: takes head_dim_v equal to head_dim=16 in the backward, got 32"
 
 
 def test_an_attribute_that_changes_changes_what_is_declared(fmha):
@@ -389,7 +403,7 @@ def fields(name, problem):
         ("mine/everything", {"compiling": True}, "compiling"),
         ("mine/everything", {"dropout_p": 0.1, "return_lse": True}, "dropout_p"),
         ("mine/everything", {"return_lse": True, "requires_grad": True}, "lse_grad"),
-        ("mine/everything", {"num_kv_heads": 2, "requires_grad": True}, "num_kv_heads"),
+        ("mine/everything", {"num_kv_heads": 2, "requires_grad": True}, "backward.gqa"),
         ("mine/splitk", {"dropout_p": 0.1}, "dropout_p"),
         ("mine/splitk", {"scale": 0.3}, "scale"),
         ("mine/splitk", {"requires_grad": True}, "backward"),

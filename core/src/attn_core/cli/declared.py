@@ -77,8 +77,8 @@ def remaining(record: Capabilities | Backward, shown: Collection[str] = ()) -> l
         value = getattr(record, field.name)
         if field.name in shown or value == field.default:
             continue
-        if value is True:
-            words.append(field.name)
+        if isinstance(value, bool):
+            words.append(field.name if value else f"no {field.name}")
         elif field.name.endswith("compute_capability"):
             words.append(f"{field.name} sm_{value[0]}{value[1]}")
         elif field.name.startswith("head_dims"):

@@ -82,6 +82,12 @@ def _undeclared_backward(subject: Subject) -> Iterator[tuple[str, Problem]]:
         for dim in sizes_of(subject.declared.head_dims):
             if dim not in backward.head_dims:
                 yield "backward.head_dims", replace(trained, head_dim=dim, head_dim_v=dim)
+    if backward.head_dims_v is not None and subject.declared.head_dims_v is not None:
+        for dim in sizes_of(subject.declared.head_dims_v):
+            if dim != trained.head_dim and dim not in backward.head_dims_v:
+                yield "backward.head_dims_v", replace(trained, head_dim_v=dim)
+    if subject.declared.gqa and backward.gqa is False:
+        yield "backward.gqa", replace(trained, num_kv_heads=1)
     if backward.biases is not None:
         for case in subject.taken:
             bias = case.problem.bias

@@ -24,7 +24,8 @@ COMPARED = (
     *("devices", "numerics", "min_compute_capability", "max_compute_capability"),
     *("dtypes", "head_dims", "head_dims_v", "biases", "backward", "gqa", "softcap", "return_lse"),
     *("strided_head_dim", "empty_lengths", "bias_grad", "lse_grad"),
-    *("backward.dtypes", "backward.head_dims", "backward.biases", "backward.min_compute_capability"),
+    *("backward.dtypes", "backward.head_dims", "backward.head_dims_v", "backward.biases", "backward.gqa"),
+    *("backward.min_compute_capability",),
 )
 #: An approximate kernel (int8, fp8) is right where the error of each result, as a whole, stays below this part of it.
 APPROXIMATE = 0.1

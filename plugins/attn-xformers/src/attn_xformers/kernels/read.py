@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from attn_core import Backward, Cached, Capabilities, Causal, KeyPadding, Problem, Refusal, Segments, TensorBias, Window
+from attn_core import Backward, Cached, Capabilities, Causal, KeyPadding, Problem, Segments, TensorBias, Window
 from attn_core.bias import Sum
 from attn_core.bias.zero_padded import ZeroPadded
 from attn_core.capabilities import BiasKind
@@ -55,36 +54,10 @@ INSTEAD_OF_TENSOR: dict[str, frozenset[BiasKind]] = {
 PADDED: frozenset[BiasKind] = frozenset({KeyPadding, Cached})
 
 
-@dataclass(frozen=True, kw_only=True)
-class OperatorCapabilities(Capabilities):
-    """What a pair of operators can do, of which xFormers says apart what the core's records say together.
-
-    Args:
-        gqa_backward: num_kv_heads may divide num_heads with gradients, too.
-        head_dims_v_backward: sizes of value's with gradients; None: as in the forward.
-    """
-
-    gqa_backward: bool = False
-    head_dims_v_backward: Collection[int] | None = None
-
-    def refusals(self, problem: Problem) -> list[Refusal]:
-        found = super().refusals(problem)
-        if not (problem.needs_backward and self.backward):
-            return found
-        if problem.num_kv_heads != problem.num_heads and self.gqa and not self.gqa_backward:
-            text = f"takes in the backward num_kv_heads equal to num_heads={problem.num_heads}"
-            found.append(Refusal("num_kv_heads", f"{text}, got {problem.num_kv_heads}"))
-        sizes_v = self.head_dims_v_backward
-        if sizes_v is not None and problem.head_dim_v != problem.head_dim and problem.head_dim_v not in sizes_v:
-            text = f"takes no head_dim_v {problem.head_dim_v} in the backward"
-            found.append(Refusal("backward.head_dims", text))
-        return found
-
-
 @functools.cache
 def capabilities(
     pair: Pair, dtype: torch.dtype | None = None, device: str | None = None, capability: tuple[int, int] | None = None
-) -> OperatorCapabilities:
+) -> Capabilities:
     """What the pair can do with operands of that dtype on such a device; None: the first that it takes."""
     forward, backward = pair.forward, pair.backward
     dtypes = frozenset(forward.SUPPORTED_DTYPES) & DTYPES
@@ -96,16 +69,14 @@ def capabilities(
     plain = plain_form(pair)
     dims, dims_v = sizes(forward, plain, of_size, where)
     on_rocm = torch.version.hip is not None  # whose devices have numbers of their own, which no operator limits
-    return OperatorCapabilities(
+    return Capabilities(
         devices=frozenset(forward.SUPPORTED_DEVICES),
         dtypes=dtypes,
         head_dims=dims,
         head_dims_v=dims_v,
         biases=kinds(forward, pair.manners),
-        backward=None if backward is None else _backward(pair, plain, of_size, where, dims),
+        backward=None if backward is None else _backward(pair, plain, of_size, where, dims, dims_v),
         gqa=forward.SUPPORTS_BMGHK,
-        gqa_backward=backward is not None and backward.SUPPORTS_BMGHK,
-        head_dims_v_backward=_dims_v_backward(backward, plain, of_size, where) if backward and dims_v else None,
         dropout=forward.SUPPORTS_DROPOUT,
         return_lse=pair.manners.gives_lse,
         deterministic=forward.IS_DETERMINISTIC,
@@ -120,21 +91,24 @@ def plain_form(pair: Pair) -> Form:
     return possible[0] if possible else Form(kind=NO_BIAS)
 
 
-def _dims_v_backward(backward: Any, plain: Form, dtype: torch.dtype, where: torch.device | None) -> Collection[int]:
-    return sizes(backward, plain, dtype, where)[1] or ()
-
-
 def _backward(
-    pair: Pair, plain: Form, dtype: torch.dtype, where: torch.device | None, dims_of_forward: Collection[int]
+    pair: Pair,
+    plain: Form,
+    dtype: torch.dtype,
+    where: torch.device | None,
+    dims_of_forward: Collection[int],
+    dims_v_of_forward: Collection[int] | None,
 ) -> Backward:
     backward = pair.backward
-    dims, _ = sizes(backward, plain, dtype, where)
+    dims, dims_v = sizes(backward, plain, dtype, where)
     dtypes = frozenset(backward.SUPPORTED_DTYPES) & DTYPES
     biases = kinds(backward, pair.manners)
     return Backward(
         dtypes=dtypes,
         head_dims=None if dims == dims_of_forward else dims,
+        head_dims_v=None if dims_v == dims_v_of_forward else dims_v or (),
         biases=biases,
+        gqa=bool(backward.SUPPORTS_BMGHK),
         bias_grad=bool(backward.SUPPORTS_ATTN_BIAS_GRAD) and TensorBias in biases,
         deterministic=backward.IS_DETERMINISTIC,
         min_compute_capability=None if torch.version.hip else tuple(backward.CUDA_MINIMUM_COMPUTE_CAPABILITY),
@@ -204,10 +178,10 @@ def _asker(operator: Any, plain: Form, dtype: torch.dtype, where: torch.device |
     return lambda dim, dim_v=None: not set(asks(dim, dim_v)) - always
 
 
-def widest(backward: bool, manners: Manners) -> OperatorCapabilities:
+def widest(backward: bool, manners: Manners) -> Capabilities:
     """What is declared of an operator before xFormers was imported: all that this plugin can translate. What the
     operator says counts from the moment at which it is first weighed."""
-    return OperatorCapabilities(
+    return Capabilities(
         devices=frozenset({"cuda"}),
         dtypes=DTYPES,
         head_dims=range(1, (1 << 16) + 1),
@@ -215,7 +189,6 @@ def widest(backward: bool, manners: Manners) -> OperatorCapabilities:
         biases=frozenset({Causal, Window, Segments, KeyPadding, Cached, ZeroPadded, TensorBias, Sum}),
         backward=Backward(bias_grad=True, deterministic=True) if backward else None,
         gqa=True,
-        gqa_backward=backward,
         dropout=True,
         return_lse=manners.gives_lse,
         deterministic=True,

@@ -8,10 +8,10 @@ from attn_core import Refusal
 
 #: (words, field of a forward's reason, of a backward's), the first that is found counts.
 WORDS = (
-    ("does not support BMGHK", "num_kv_heads", "num_kv_heads"),
-    ("Only supports BMHK", "num_kv_heads", "num_kv_heads"),
-    ("GQA is only supported", "num_kv_heads", "num_kv_heads"),
-    ("multiquery is only supported", "num_kv_heads", "num_kv_heads"),
+    ("does not support BMGHK", "num_kv_heads", "backward.gqa"),
+    ("Only supports BMHK", "num_kv_heads", "backward.gqa"),
+    ("GQA is only supported", "num_kv_heads", "backward.gqa"),
+    ("multiquery is only supported", "num_kv_heads", "backward.gqa"),
     ("bias gradient is not supported", "bias_grad", "bias_grad"),
     ("Broadcasting the `attn_bias`", "bias_grad", "bias_grad"),
     ("query.shape[-1] != value.shape[-1]", "head_dim_v", "head_dim_v"),
