@@ -105,9 +105,21 @@ REFUSED = {
     ),
     "values of a long head_dim": (
         ("fa3",),
-        asked(head_dim_v=512),
+        asked(head_dim_v=520),
         "head_dim_v",
-        "takes multiples of 8 up to 256, got 512",
+        "takes multiples of 8 up to 512, got 520",
+    ),
+    "values of a long head_dim beside one that is not short": (
+        ("fa3",),
+        asked(head_dim=72, head_dim_v=512),
+        "head_dim_v",
+        "head_dim up to 64, or from 136 to 192 with head_dim_v from 104 to 128, got 72 with 512",
+    ),
+    "values of a long head_dim in the backward": (
+        ("fa3",),
+        asked(head_dim_v=512, requires_grad=True),
+        "backward.head_dims_v",
+        "takes multiples of 8 up to 256 in the backward, got 512",
     ),
     "head_dims that Blackwell has not together": (
         {"fa4": B200},
@@ -309,6 +321,7 @@ TAKEN = {
     "the newest device": ({"fa2": (12, 1), "fa3": HOPPER, "fa4": THOR}, asked()),
     "the longest head_dim": (("fa2", "fa3", "fa4"), asked(head_dim=256, head_dim_v=256, requires_grad=True)),
     "the longest head_dim of values": (("fa3", "fa4"), asked(head_dim_v=256, requires_grad=True)),
+    "the longest head_dim of values, without gradients": (("fa3",), asked(head_dim_v=512)),
     "head_dims of DeepSeek": ({"fa3": HOPPER, "fa4": B200}, asked(head_dim=192, head_dim_v=128, requires_grad=True)),
     "dropout": (("fa2",), asked(dropout_p=0.1, requires_grad=True)),
     "dropout with long head_dims, where there is memory": (
