@@ -7,11 +7,12 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from pathlib import Path
 
 import pytest
-from attn_cuda_ref.cache import FOLDER, SUFFIX, Cache, default_folder
+from attn_cuda_ref.cache import ABANDONED, FOLDER, SUFFIX, Cache, default_folder
 from attn_cuda_ref.errors import CacheWarning
 
 CUBIN = b"\x7fELF" + bytes(range(256)) * 64
@@ -85,6 +86,34 @@ def test_a_folder_that_cannot_be_made_costs_a_warning_and_is_said_once() -> None
         assert cache.get("k") is None
 
 
+def test_a_file_in_place_of_the_folder_costs_a_warning_and_stays(tmp_path: Path) -> None:
+    file = tmp_path / "kernels"
+    file.write_text("mine")
+    with pytest.warns(CacheWarning, match="kernels is a file, not a folder"):
+        assert Cache(file).get("k") is None
+    for folder in (file, file / "deeper"):
+        with pytest.warns(CacheWarning, match="cannot be written to"):
+            Cache(folder).put("k", CUBIN)
+    assert file.read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_reached_costs_a_warning(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Cache(folder).put("k", CUBIN)
+    of_all = Path.stat
+
+    def reached(path: Path, **options: bool) -> os.stat_result:
+        if path == folder:
+            raise PermissionError(13, "Permission denied")
+        return of_all(path, **options)
+
+    monkeypatch.setattr(Path, "stat", reached)
+    cache = Cache(folder)
+    with pytest.warns(CacheWarning, match="cannot be read: Permission denied"):
+        assert cache.get("k") is None
+    with pytest.warns(CacheWarning, match="cannot be written to: Permission denied"):
+        cache.put("other", CUBIN)
+
+
 @pytest.mark.skipif(os.getuid() == 0, reason="root writes into every folder")
 def test_a_read_only_folder_is_read_and_not_written(folder: Path) -> None:
     Cache(folder).put("k", CUBIN)
@@ -138,6 +167,16 @@ def test_beyond_the_limit_the_files_go_that_were_not_read_for_longest(folder: Pa
     assert {path.stem for path in folder.iterdir()} == {"a", "c", "d"}
 
 
+def test_what_a_process_left_half_written_goes_when_it_is_old(folder: Path) -> None:
+    cache = Cache(folder)
+    cache.put("a", CUBIN)
+    for name, age in (("new.part", 5), ("old.part", 2 * ABANDONED)):
+        (folder / name).write_bytes(CUBIN)
+        os.utime(folder / name, (time.time() - age,) * 2)
+    cache.put("b", CUBIN)
+    assert {path.name for path in folder.iterdir()} == {f"a{SUFFIX}", f"b{SUFFIX}", "new.part"}
+
+
 WRITER = """
 import sys
 from pathlib import Path
@@ -165,6 +204,8 @@ def test_the_folder_can_be_named_or_switched_off(monkeypatch: pytest.MonkeyPatch
     assert default_folder() is None
     Cache(None).put("k", CUBIN)
     assert Cache(None).get("k") is None
+    monkeypatch.setenv(FOLDER, "~nobody-of-this-name/kernels")
+    assert default_folder() == Path("~nobody-of-this-name/kernels")
     monkeypatch.delenv(FOLDER)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_folder() == tmp_path / "attn" / "cuda-ref"

@@ -12,6 +12,7 @@ import hashlib
 import os
 import stat
 import tempfile
+import time
 import warnings
 from pathlib import Path
 
@@ -22,6 +23,8 @@ FOLDER = "CUDA_REF_CACHE"
 #: Bytes that all files may have together; the ones that were not read for longest go first.
 LIMIT = 256 << 20
 SUFFIX = ".cubin"
+#: Of a file that is being written; nobody writes one for that many seconds.
+ASIDE, ABANDONED = ".part", 3600
 MAGIC = b"attn-cuda-ref 1\n"
 
 
@@ -29,7 +32,7 @@ def default_folder() -> Path | None:
     """What `CUDA_REF_CACHE` says, or a folder in `XDG_CACHE_HOME` or ~/.cache; None where none is wanted."""
     said = os.environ.get(FOLDER)
     if said is not None:
-        return Path(said).expanduser() if said else None
+        return Path(os.path.expanduser(said)) if said else None  # which leaves what is nobody's home as it is
     caches = os.environ.get("XDG_CACHE_HOME")
     try:
         return Path(caches or Path.home() / ".cache") / "attn" / "cuda-ref"
@@ -47,12 +50,14 @@ class Cache:
 
     def get(self, key: str) -> bytes | None:
         """The cubin; None where there is none, or none that is whole."""
-        if self.folder is None or not self.folder.is_dir() or not self._is_trusted():
+        if self.folder is None:
             return None
         path = self.folder / (key + SUFFIX)
         try:
+            if not self._is_trusted():
+                return None
             content = path.read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             self._say(f"{path} cannot be read: {error.strerror or error}")
@@ -77,7 +82,7 @@ class Cache:
 
     def _write(self, key: str, content: bytes) -> None:
         assert self.folder is not None
-        handle, aside = tempfile.mkstemp(dir=self.folder, prefix=f"{key}.", suffix=".part")
+        handle, aside = tempfile.mkstemp(dir=self.folder, prefix=f"{key}.", suffix=ASIDE)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
@@ -87,8 +92,17 @@ class Cache:
             raise
 
     def _shrink(self) -> None:
-        """Removes files until the rest is within the limit, those first that were not read for longest."""
+        """Removes files until the rest is within the limit, those first that were not read for longest.
+
+        So goes what a process left aside that was ended while it wrote.
+        """
         assert self.folder is not None
+        for path in self.folder.glob(f"*{ASIDE}"):
+            try:
+                if time.time() - path.stat().st_mtime > ABANDONED:
+                    path.unlink()
+            except FileNotFoundError:  # it is written to its end
+                continue
         found = []
         for path in self.folder.glob(f"*{SUFFIX}"):
             try:
@@ -104,11 +118,17 @@ class Cache:
             excess -= size
 
     def _is_trusted(self) -> bool:
-        """Whether the folder is this user's and closed to others; where it is not, a warning says so."""
+        """Whether it is a folder, this user's and closed to others; where it is not, a warning says so.
+
+        Raises OSError where there is none, or none that can be reached.
+        """
         assert self.folder is not None
+        status = self.folder.stat()
+        if not stat.S_ISDIR(status.st_mode):
+            self._say(f"{self.folder} is a file, not a folder")
+            return False
         if not hasattr(os, "getuid"):  # no owners, no modes
             return True
-        status = self.folder.stat()
         if status.st_uid != os.getuid():
             self._say(f"{self.folder} belongs to user {status.st_uid}, and you are {os.getuid()}")
             return False
