@@ -9,10 +9,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   constexpr int KEYS = WALKED_FORWARD;
   const MASK mask{MASK_ARGUMENTS};
   const SCORE score{SCORE_ARGUMENTS};
-  const int tiles = (int)((seqlen_q + ROWS - 1) / ROWS);
-  const Where w{(int)(blockIdx.x / tiles / num_heads), (int)(blockIdx.x / tiles % num_heads)};
-  const int q0 = (int)(blockIdx.x % tiles) * ROWS, q1 = min(q0 + ROWS, (int)seqlen_q);
-  const int row = threadIdx.x / LANES, lane = threadIdx.x % LANES, q = q0 + row;
+  const auto [w, q0, q1, row, lane, q] = queries_of_block(num_heads, seqlen_q);
   const int h_kv = w.h / (int)heads_per_kv;
 
   SharedMemory shared;

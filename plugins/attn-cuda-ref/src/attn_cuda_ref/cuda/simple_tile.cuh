@@ -30,6 +30,18 @@ __device__ constexpr int padded(int dim) { return (dim + LANES - 1) / LANES * LA
 __device__ constexpr int pitch(int dim) { return padded(dim) + 1; }
 __device__ constexpr int per_lane(int dim) { return padded(dim) / LANES; }
 
+// A block whose rows are queries: [q0, q1) of one head. This thread has row `row`, query `q`, which may lie behind q1.
+struct Queries {
+  Where w;
+  int q0, q1, row, lane, q;
+};
+DEVICE Queries queries_of_block(long long num_heads, long long seqlen_q) {
+  const int tiles = (int)((seqlen_q + ROWS - 1) / ROWS);
+  const Where w{(int)(blockIdx.x / tiles / num_heads), (int)(blockIdx.x / tiles % num_heads)};
+  const int q0 = (int)(blockIdx.x % tiles) * ROWS, row = threadIdx.x / LANES;
+  return {w, q0, min(q0 + ROWS, (int)seqlen_q), row, (int)(threadIdx.x % LANES), q0 + row};
+}
+
 // A tensor [batch, seqlen, num_heads, head_dim] among the parameters of an entry, and one head of it.
 #define OPERAND(name) \
   const ELEMENT *name, long long name##_batch, long long name##_row, long long name##_head, long long name##_dim
