@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -152,6 +153,21 @@ def test_the_nvcc_of_a_toolkit_that_a_variable_names_is_found(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv(variable, str(tmp_path))
     assert nvcc.find() == doubled
+
+
+def test_the_nvcc_of_a_package_beside_nvrtc_is_found(
+    doubled: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    packages = tmp_path / "nvidia"
+    (packages / "cu13").mkdir(parents=True)
+    doubled.parent.rename(packages / "cu13" / "bin")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(nvcc, "PLACES", ())
+    for variable in nvcc.VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    spec = SimpleNamespace(submodule_search_locations=[str(packages)])
+    monkeypatch.setattr(nvcc.importlib.util, "find_spec", lambda name: spec)
+    assert nvcc.find() == packages / "cu13" / "bin" / "nvcc"
 
 
 def test_without_nvcc_none_is_found_and_to_ask_for_it_is_an_error(
