@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import sys
+import textwrap
 import threading
 import warnings
 
@@ -22,6 +23,7 @@ from attn_core import (
 )
 from attn_core.registry import Registry
 from attn_core.testing import HELLO, fake_distribution, importable
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 BUILT_IN = {
     "torch/cudnn",
@@ -376,6 +378,43 @@ def test_a_plugin_that_asks_for_kernels_while_it_is_loaded_sees_those_before_it(
     seen = set(sys.modules["attn_hello"].SEEN)
     assert seen >= BUILT_IN  # and those of other plugins that are installed, by their names
     assert "hello/sdpa" not in seen
+
+
+MODES = {
+    "fake tensors": FakeTensorMode,
+    "another default device": lambda: torch.device("meta"),
+    "inference": torch.inference_mode,
+}
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_what_a_module_makes_at_its_import_is_no_part_of_the_mode_in_which_it_is_first_asked_for(site, mode):
+    made = "\nMADE = torch.zeros(2)\n"
+    hook = HELLO.partition("def run")[0] + textwrap.dedent("""
+        from attn_core import Unusable
+
+
+        def probe():
+            global PROBED
+            PROBED = torch.zeros(2)
+
+
+        @hookimpl
+        def attn_kernels():
+            able = Capabilities(devices={"cpu"}, dtypes={torch.float32}, head_dims=range(1, 65), compile=True)
+            yield Kernel(name="hello/sdpa", run="attn_hello_run:run", probe=probe, capabilities=able)
+    """)
+    run = "import torch\n\ndef run(query, key, value, *, scale):\n    return query\n"
+    fake_distribution(site, source={"attn_hello": hook + made, "attn_hello_run": run + made})
+    refresh()
+    with mode():
+        x = torch.ones(1, 4, 2, 8, device="cpu")
+        attention(x, x, x, kernel="hello/sdpa")
+    hello = sys.modules["attn_hello"]
+    for tensor in (hello.MADE, hello.PROBED, sys.modules["attn_hello_run"].MADE):
+        assert type(tensor) is torch.Tensor
+        assert tensor.device.type == "cpu"
+        assert not tensor.is_inference()
 
 
 def test_threads_that_ask_while_plugins_load_wait_until_all_are_there(site):

@@ -25,6 +25,21 @@ def in_another_process(code, *folders, **environment):
     return json.loads(ended.stdout.splitlines()[-1]), ended.stderr
 
 
+#: One of each way in which a kernel gets its mask.
+BIASES = (
+    "attn_core.Causal()",
+    "attn_core.Window(1, 0)",
+    "attn_core.KeyPadding([3])",
+    "attn_core.Segments([1, 3])",
+    "attn_core.PrefixLM(2)",
+    "attn_core.Neighborhood((2, 2), kernel_size=2)",
+    "attn_core.ALiBi(2)",
+    "attn_core.ALiBi(2) + attn_core.Window(2, 0)",
+    "attn_core.mask_mod(lambda b, h, q, k: q >= k)",
+    "attn_core.Window(2, 0) & attn_core.Segments([1, 3])",
+)
+
+
 @pytest.fixture(scope="module")
 def loaded():
     """Modules that were new after importing torch, the package, and after a first call; and whether CUDA was in use."""
@@ -181,6 +196,35 @@ def test_a_host_with_good_and_bad_plugins_answers_and_warns_once_of_each_bad_one
     assert len(warned) == 2
     assert "'old' is left out: attn-old 1.0 needs attn-core>=9, found " in warned[0]
     assert "'stale' is left out: OSError: undefined symbol" in warned[1]
+
+
+def test_a_first_call_with_fake_tensors_leaves_none_behind(tmp_path):
+    result, _ = in_another_process(
+        """
+        import json
+        import torch
+        import attn_core
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        x, mask = torch.randn(1, 4, 2, 8), torch.ones(4, 4, dtype=torch.bool).tril()
+        biases = [mask, mask.float(), *map(eval, BIASES)]
+        def every():
+            return [attn_core.attention(x, x, x, bias) for bias in biases]
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            fake = every()
+        right = [attn_core.reference_attention(x, x, x, bias)[0] for bias in biases]
+        print(json.dumps([
+            {type(out).__name__ for out in fake} == {"FakeTensor"},
+            [type(out).__name__ for out in every()],
+            max(float((out - want).abs().max()) for out, want in zip(every(), right)),
+        ]))
+        """.replace("BIASES", repr(BIASES)),
+        tmp_path,
+        ATTN_PLUGINS="",
+    )
+    assert result[0]
+    assert result[1] == ["Tensor"] * (2 + len(BIASES))
+    assert result[2] < 1e-5
 
 
 def test_without_metadata_of_its_own_the_core_still_has_its_kernels(tmp_path):

@@ -31,6 +31,7 @@ from .errors import (
 )
 from .kernel import Kernel, Run, Unusable, resolve
 from .rates import Rates, shipped_rates
+from .tracing import without_modes
 
 if TYPE_CHECKING:
     from .costs_file import Calibration
@@ -151,7 +152,8 @@ class Registry:
             with self._probing:
                 condition = self._conditions.get(kernel.name)
                 if condition is None:
-                    condition = self._conditions[kernel.name] = _probe(kernel)
+                    with without_modes():
+                        condition = self._conditions[kernel.name] = _probe(kernel)
         return condition
 
     def run(self, kernel: Kernel) -> Run:
@@ -159,7 +161,8 @@ class Registry:
         run = self._runs.get(kernel.name)
         if run is None:
             try:
-                run = resolve(kernel)
+                with without_modes():
+                    run = resolve(kernel)
             except (Exception, SystemExit) as error:  # importing a stale library raises anything
                 told = error if isinstance(error, DeclarationError) else None
                 text = str(error) if told else f"{kernel.name}: run {kernel.run!r} cannot be loaded: {_told(error)}"
@@ -258,7 +261,8 @@ class Registry:
             try:
                 environment = read_environment()
                 ignored = self._read_costs(environment)
-                left_out = self._load_all(environment)
+                with without_modes():
+                    left_out = self._load_all(environment)
             finally:
                 self._loading = False
             self._wishes = environment.prefer

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +29,23 @@ def constant(function: Function) -> Function:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+@contextmanager
+def without_modes() -> Iterator[None]:
+    """None of the modes of torch that are in force here: for modules that are imported now, and stay.
+
+    What a module makes at its import would else be a fake tensor, or one of inference, or on another device, for good.
+    """
+    with ExitStack() as left:
+        if torch._C._len_torch_dispatch_stack() or torch._ops._len_torch_dispatch_stack_pre_dispatch():
+            from torch.utils._python_dispatch import _disable_current_modes  # imports much; but so do modes
+
+            left.enter_context(_disable_current_modes())
+        left.enter_context(torch._C.DisableTorchFunction())
+        if torch.is_inference_mode_enabled():
+            left.enter_context(torch.inference_mode(False))
+        yield
 
 
 def has_static_value(number: float) -> bool:
