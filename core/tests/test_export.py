@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attn_core import Causal, Window, attention, explain
+from attn_core import Causal, KeyPadding, TensorBias, Window, as_bias, attention, explain
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 
@@ -36,6 +36,47 @@ def test_a_module_is_exported_for_every_length(bias, strict, dim):
     program = torch.export.export(layer, operands(64), dynamic_shapes=({1: size},) * 3, strict=strict)
     for seqlen in (16, 64, 200):
         inputs = operands(seqlen)
+        torch.testing.assert_close(program.module()(*inputs), layer(*inputs))
+
+
+class LayerWithMask(torch.nn.Module):
+    """Its mask, or the lengths of its padding, come with every call."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def forward(self, query, key, value, data):
+        return attention(query, key, value, self.make(data))
+
+
+BATCH, SEQLEN = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("seqlen", min=4, max=4096)
+AS_ARGUMENTS = {
+    "boolean": (lambda n: torch.rand(n, n) > 0.3, {0: SEQLEN, 1: SEQLEN}, as_bias),
+    "floating": (lambda n: torch.randn(1, 1, n, n), {2: SEQLEN, 3: SEQLEN}, as_bias),
+    "floating-of-another-dtype": (lambda n: torch.randn(n, n, dtype=torch.float64), {0: SEQLEN, 1: SEQLEN}, as_bias),
+    "boolean-row": (lambda n: torch.rand(2, 1, 1, n) > 0.3, {0: BATCH, 3: SEQLEN}, as_bias),
+    "key-padding": (lambda n: torch.tensor([3, n]), {0: BATCH}, KeyPadding),
+    "mask-and-numbers": (
+        lambda n: torch.randn(n, n),
+        {0: SEQLEN, 1: SEQLEN},
+        lambda tensor: TensorBias(tensor) + Window(8, 0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AS_ARGUMENTS)
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict-bounded", "strict-auto"])
+def test_a_mask_may_be_an_argument_of_what_is_exported(name, strict):
+    make, dims, to_bias = AS_ARGUMENTS[name]
+    operand = {0: BATCH, 1: SEQLEN} if BATCH in dims.values() else {1: SEQLEN}
+    dynamic = [operand, operand, operand, dims]
+    if strict:
+        dynamic = [dict.fromkeys(each, torch.export.Dim.AUTO) for each in dynamic]
+    layer = LayerWithMask(to_bias)
+    program = torch.export.export(layer, (*operands(64), make(64)), dynamic_shapes=tuple(dynamic), strict=strict)
+    for seqlen in (16, 200):
+        inputs = *operands(seqlen), make(seqlen)
         torch.testing.assert_close(program.module()(*inputs), layer(*inputs))
 
 

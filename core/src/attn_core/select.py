@@ -68,9 +68,23 @@ def with_plain_lengths(problem: Problem) -> Problem:
     """
     batch, seqlen_q, seqlen_kv = _plain(problem.batch), _plain(problem.seqlen_q), _plain(problem.seqlen_kv)
     bias = problem.bias
-    if bias is not None and any(isinstance(n, torch.SymInt) for n in bias.bound_lengths()):
-        bias = bias.at((seqlen_q, seqlen_kv))
+    if bias is not None:
+        symbolic = {name: tensor for name, tensor in bias.held().items() if _is_symbolic(*tensor.shape)}
+        if symbolic:  # compared with the lengths, its sizes would add guards, too
+            bias = bias.with_held({name: _with_plain_sizes(tensor) for name, tensor in symbolic.items()})
+        if _is_symbolic(*bias.bound_lengths()):
+            bias = bias.at((seqlen_q, seqlen_kv))
     return replace(problem, batch=batch, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv, bias=bias)
+
+
+def _is_symbolic(*sizes: Any) -> bool:
+    return any(isinstance(size, torch.SymInt) for size in sizes)
+
+
+def _with_plain_sizes(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor without data that looks as `tensor` does at the sizes at hand."""
+    shape, stride = ([_plain(size) for size in sizes] for sizes in (tensor.shape, tensor.stride()))
+    return torch.empty_strided(shape, stride, dtype=tensor.dtype, device="meta", requires_grad=tensor.requires_grad)
 
 
 def _plain(size: Any) -> int:
