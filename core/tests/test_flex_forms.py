@@ -148,6 +148,8 @@ def test_what_has_no_lengths_or_is_no_bias_is_an_error(form):
         (KeyPadding([64]), False),
         (Causal() & KeyPadding([64]), False),
         (Segments([30, 34]), False),
+        (BlockMask(torch.eye(2, dtype=torch.bool), 32, within=Causal()), True),
+        (BlockMask(torch.eye(2, dtype=torch.bool), 32, within=Causal() & Segments([30, 34])), False),
     ],
     ids=str,
 )

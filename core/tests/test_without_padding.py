@@ -11,6 +11,7 @@ import torch
 from attn_core import (
     ALiBi,
     Backward,
+    BlockMask,
     Cached,
     Capabilities,
     Causal,
@@ -33,6 +34,9 @@ from attn_core import (
 from attn_core.testing.naive import naive_attention
 
 LENGTHS = (6, 9)
+BLOCKS = torch.tensor([[1, 0, 1], [1, 1, 0], [0, 1, 0]]).bool().repeat(3, 1, 1, 1)
+FULL = torch.zeros(3, 1, 3, 3).bool()
+FULL[2, 0, :, 1] = True  # the batch entry without keys, but for those that a full block sees
 MASKS = {
     "key padding": lambda: KeyPadding([9, 4, 0]),
     "causal and key padding": lambda: Causal("bottom-right") & KeyPadding([9, 4, 0]),
@@ -42,6 +46,10 @@ MASKS = {
         Segments([4, 5], [3, 2], starts_kv=[1, 6]) & Neighborhood(9, kernel_size=3)
     ),
     "documents and key padding": lambda: Segments([2, 4], [3, 6]) & KeyPadding([9, 4, 7]),
+    "blocks of a padded mask": lambda: BlockMask.from_mask(Causal("bottom-right") & KeyPadding([9, 4, 0]), 6, 9, 2),
+    "blocks that are all full or empty": lambda: BlockMask.from_mask(KeyPadding([9, 6, 0]), 6, 9, (2, 3)),
+    "blocks with padding within": lambda: BlockMask(BLOCKS, (2, 3), within=KeyPadding([9, 4, 0])),
+    "blocks that see padding whole": lambda: BlockMask(BLOCKS, (2, 3), full=FULL, within=KeyPadding([9, 4, 0])),
 }
 
 
@@ -93,6 +101,19 @@ def test_it_is_a_value_with_the_data_of_its_mask(name):
     simple = bare.normalize()
     assert not simple.has_padding
     assert torch.equal(simple.materialize(), bare.materialize())
+
+
+def test_blocks_have_the_padding_of_the_mask_within_but_for_what_full_blocks_see():
+    mask, causal = Causal("bottom-right") & KeyPadding([9, 4, 0]), Causal("top-left")
+    want = mask.bind(6, 9).valid_keys()
+    for block_size in (1, 2, (4, 3), 128):
+        assert torch.equal(BlockMask.from_mask(mask, 6, 9, block_size).valid_keys(), want)
+    seen_whole = want.clone()
+    seen_whole[2, 3:6] = True
+    assert torch.equal(MASKS["blocks that see padding whole"]().bind(6, 9).valid_keys(), seen_whole)
+    none_seen = BlockMask(torch.zeros_like(BLOCKS), (2, 3), full=FULL, within=KeyPadding([9, 4, 0])).bind(6, 9)
+    assert torch.equal(none_seen.valid_keys(), want)
+    assert BlockMask(BLOCKS, (2, 3), within=causal).bind(6, 9).valid_keys() is None
 
 
 def test_what_has_no_padding_and_what_lies_in_pages_stays():

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from attn_core import AttnBias, KeyPadding, MaskMod, ScoreMod
+from attn_core import AttnBias, BlockMask, KeyPadding, MaskMod, ScoreMod
 from attn_cuda_ref.constants import arguments, constants
 from attn_cuda_ref.translate import strangers, translated
 
@@ -130,5 +130,7 @@ def test_functions_of_the_user_are_strangers_wherever_they_are() -> None:
     for bias in (odd, odd & KeyPadding([3, 4]), odd + scored):
         assert odd in list(strangers(bias))
     assert scored in list(strangers(odd + scored))
+    seen_whole = BlockMask(torch.eye(2).bool(), 2, full=torch.eye(2).bool(), within=KeyPadding([3, 4]))
+    assert list(strangers(seen_whole)) == [seen_whole], "which keys are padding is not told by a type"
     assert not list(strangers(None))
     assert not [part for bias in EVERY_MASK for part in strangers(bias)]

@@ -35,7 +35,8 @@ class BlockMask(Mask):
             the sequence.
         full: boolean, as `blocks`: blocks that are seen whole, so that `within` need not be asked. It counts where
             `blocks` is True. Only together with `within`.
-        within: a mask that holds within the blocks that are not full. None: all are seen whole.
+        within: a mask that holds within the blocks that are not full. None: all are seen whole. Keys that are padding
+            by it are padding here too, but for those that a full block sees.
 
         BlockMask(torch.tensor([[1, 0], [1, 1]]).bool(), (2, 3), within=Causal("top-left")) on 4 x 5
         █····
@@ -277,10 +278,22 @@ class BlockMask(Mask):
         left = left if share is None else left * share
         return left if self.within is None or self.full is not None else min(left, self.within.pairs())
 
+    @property
+    def has_padding(self) -> bool:
+        return self.within is not None and self.within.has_padding
+
+    def valid_keys(self, device: torch.device | str | None = None) -> Tensor | None:
+        valid = None if self.within is None else self.within.valid_keys(device)
+        if valid is None or self.full is None:
+            return valid
+        whole = self.blocks & self.full  # where `within` is not asked, keys exist
+        columns = whole.reshape((1,) * (4 - whole.ndim) + tuple(whole.shape)).any(1).any(1).to(valid.device)
+        return valid | columns.repeat_interleave(self.block_size[1], 1)[:, : valid.shape[1]]
+
     def normalize(self) -> AttnBias | None:
         _, every, unasked = self.census
         within = None if self.within is None else self.within.normalize()
-        if self.within is None or within is None or unasked:
+        if self.within is None or within is None or (unasked and not within.has_padding):
             if every:
                 return None
             return self if self.within is None else _made(self.blocks, self.block_size, None, None, self.lengths)

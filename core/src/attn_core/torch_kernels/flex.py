@@ -85,7 +85,9 @@ def _read_by_lookup(part: AttnBias) -> bool:
     """Whether the rule of a mask looks something up in a table, and not in the blocks that are handed over as such."""
     if isinstance(part, TensorBias):
         return part.tensor.dtype is torch.bool
-    return isinstance(part, Segments) or (isinstance(part, Mask) and bool(part.held()) and type(part) is not BlockMask)
+    if type(part) is BlockMask:
+        return any(map(_read_by_lookup, _parts(part.within)))
+    return isinstance(part, Segments) or (isinstance(part, Mask) and bool(part.held()))
 
 
 _cached_block_mask = functools.lru_cache(maxsize=64)(block_mask_of)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..bias import AttnBias, BlockMask, Mask, TensorBias
 from ..bias.blocks import blocks_of
+from ..bias.zero_padded import ZeroPadded
 from ..tracing import is_traced
 from .dense import additive, of_rank_four
 
@@ -26,6 +27,8 @@ def block_mask_of(mask: Mask, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     rule = mask.rule(device)
+    if isinstance(mask, ZeroPadded):  # its rule is that of what it holds
+        mask = mask.padded
     if isinstance(mask, BlockMask) and all(size % SIZE == 0 for size in mask.block_size):
         blocks = _of_rank_four(mask.blocks.to(device))
         full = None if mask.within is not None and mask.full is None else blocks

@@ -109,6 +109,8 @@ def _strange_masks(mask: Mask) -> Iterator[Mask]:
         for part in mask.parts:
             yield from _strange_masks(part)
     elif isinstance(mask, BlockMask):
+        if mask.full is not None and mask.has_padding:  # of which there is none in a block that is seen whole
+            yield mask
         yield from () if mask.within is None else _strange_masks(mask.within)
     elif type(mask) not in _MASKS:
         yield mask
@@ -176,7 +178,8 @@ def _blocks(mask: Any, device: torch.device) -> Term:
     if mask.full is not None:
         tensors, fields = (*tensors, _of_rank_four(mask.full.to(device))), "{s}{s}"
     kind = f"Blocks<{mask.block_size[0]}, {mask.block_size[1]}, {within.type}>"
-    return Term(kind, f"{fields}{{{within.fields}}}", (*tensors, *within.tensors), within.numbers)
+    term = Term(kind, f"{fields}{{{within.fields}}}", (*tensors, *within.tensors), within.numbers)
+    return _both(term, within) if mask.has_padding else term  # blocks say of no key that it does not exist
 
 
 def _intersection(mask: Any, device: torch.device) -> Term:
