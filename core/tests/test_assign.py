@@ -250,13 +250,13 @@ def test_what_is_no_module_is_an_error(model):
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
 def test_the_scope_ends_where_a_forward_raises_or_is_interrupted(model, kind):
     def raises(*args):
-        assert current.get().settings.prefer == mirror.prefer == (MATH,)
+        assert current.get().settings.prefer == mirror.said.prefer == (MATH,)
         raise kind
 
     model.blocks[1].attn.qkv.register_forward_pre_hook(raises)
     with assign(model, {"blocks.*": MATH}), pytest.raises(kind):
         model(X)
-    assert current.get().settings.prefer == mirror.prefer == ()
+    assert current.get().settings.prefer == mirror.said.prefer == ()
 
 
 def test_strict_raises_at_once_with_the_innermost_module_s_name(model):
@@ -409,7 +409,7 @@ def test_a_compiled_model_is_one_graph_and_notices_what_is_assigned_and_taken_ba
         assert traced(run) == {REFERENCE}
     run(X)
     assert len(graphs) == 3
-    assert mirror.prefer == ()
+    assert mirror.said.prefer == ()
 
 
 def test_a_model_that_was_assigned_before_compiles_and_the_compiled_one_may_be_assigned(model, compiled):
@@ -426,4 +426,4 @@ def test_strict_raises_in_a_compiled_model_too(model, compiled):
         pytest.raises(Exception, match="none of these takes this problem"),
     ):
         run(X)
-    assert mirror.only == ()
+    assert mirror.said.only == ()

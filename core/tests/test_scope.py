@@ -42,7 +42,7 @@ def ran(x=X):
 
 
 def mirrored():
-    return mirror.prefer, "approximate" in mirror.allow
+    return mirror.said.prefer, "approximate" in mirror.said.allow
 
 
 # Order
@@ -161,7 +161,7 @@ def test_threads_do_not_see_each_other_s_scope():
         first = ran()
         with prefer(name):
             barrier.wait()
-            seen[name] = (first, {ran() for _ in range(20)}, mirror.prefer)
+            seen[name] = (first, {ran() for _ in range(20)}, mirror.said.prefer)
             barrier.wait()
 
     with prefer("torch/reference"):
@@ -467,7 +467,7 @@ def test_refresh_leaves_open_scopes_as_they_are(monkeypatch):
         monkeypatch.setenv("ATTN_PREFER", "torch/math")
         refresh()
         assert chosen() == "torch/reference"
-        assert mirror.prefer == ("torch/reference",)
+        assert mirror.said.prefer == ("torch/reference",)
     assert chosen() == "torch/math"
     monkeypatch.undo()
     refresh()

@@ -167,7 +167,7 @@ def test_the_innermost_strict_scope_counts_and_a_looser_one_within_it_changes_th
                 assert ran() == "torch/flash"
                 assert current.get().settings.only == ("torch/flash",)
         assert ran() == "torch/math"
-    assert current.get().settings.only == mirror.only == ()
+    assert current.get().settings.only == mirror.said.only == ()
 
 
 def test_a_strict_scope_and_a_loose_one_of_the_same_patterns_do_not_share_choices():
@@ -185,14 +185,14 @@ def test_strict_ends_with_an_error():
 
     with pytest.raises(KeyError):
         fails()
-    assert mirror.only == ()
+    assert mirror.said.only == ()
     attention(X, X, X, softcap=3.0)
 
 
 def test_refresh_leaves_an_open_strict_scope_as_it_is():
     with prefer("torch/math", strict=True):
         refresh()
-        assert mirror.only == ("torch/math",)
+        assert mirror.said.only == ("torch/math",)
         assert ran() == "torch/math"
 
 
@@ -233,7 +233,7 @@ def test_threads_have_strict_scopes_of_their_own():
     def work(name):
         with prefer(name, strict=True):
             barrier.wait()
-            seen[name] = ({ran() for _ in range(10)}, mirror.only)
+            seen[name] = ({ran() for _ in range(10)}, mirror.said.only)
             barrier.wait()
 
     threads = [threading.Thread(target=work, args=(name,)) for name in names]
@@ -242,7 +242,7 @@ def test_threads_have_strict_scopes_of_their_own():
     for thread in threads:
         thread.join()
     assert seen == {name: ({name}, (name,)) for name in names}
-    assert mirror.only == ()
+    assert mirror.said.only == ()
 
 
 def test_tasks_have_strict_scopes_of_their_own():
@@ -256,7 +256,7 @@ def test_tasks_have_strict_scopes_of_their_own():
         await asyncio.gather(work("torch/math", 3), work("torch/reference", 1))
 
     asyncio.run(main())
-    assert mirror.only == ()
+    assert mirror.said.only == ()
 
 
 # Compile
@@ -315,7 +315,7 @@ def test_a_strict_scope_within_a_compiled_function_holds_there():
     with record() as calls:
         torch.compile(two, backend="eager", fullgraph=True)(X)
     assert "torch/math" in kernels_of(calls)
-    assert mirror.only == ()
+    assert mirror.said.only == ()
 
 
 def test_a_bias_s_own_dispatch_in_a_graph_is_refused():

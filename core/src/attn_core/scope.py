@@ -16,8 +16,9 @@ from collections.abc import Callable, Collection, MutableMapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -43,6 +44,14 @@ PAST_KERNELS = ("torch (stock)", "bias/*")
 SCOPES_KEPT = 64
 
 
+class Said(NamedTuple):
+    """What scopes derive from each other, as plain values: each as in Settings."""
+
+    prefer: tuple[str, ...]
+    only: tuple[str, ...]
+    allow: tuple[str, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What a scope says."""
@@ -51,6 +60,11 @@ class Settings:
     only: tuple[str, ...] = ()  #: patterns of the innermost strict scope: nothing else may run; empty: no limit
     allow: frozenset[str] = frozenset()
     allow_known_bad: tuple[str, ...] = ()  #: kernel name patterns, by the environment alone
+
+    @cached_property
+    def said(self) -> Said:
+        """For those who derive others from it, and for graphs."""
+        return Said(self.prefer, self.only, in_order(self.allow))
 
 
 #: (whether it is for these operands, the dtype that autocast casts them to, the function that runs the call)
@@ -150,16 +164,15 @@ class Mirror(threading.local):
             settings = _base.settings
         except InputError:  # a bad variable: the first call says so
             settings = Settings()
-        self.prefer = settings.prefer
-        self.only = settings.only
-        self.allow = in_order(settings.allow)
+        self.said = settings.said
 
 
 mirror = Mirror()
 
 
-def _reflect(settings: Settings) -> None:
-    mirror.prefer, mirror.only, mirror.allow = settings.prefer, settings.only, in_order(settings.allow)
+def reflect(scope: Scope) -> None:
+    """Shows a scope to what is traced in this thread."""
+    mirror.said = scope.settings.said
 
 
 def scope_for(
@@ -198,7 +211,7 @@ def refresh() -> None:
     with _lock:
         _warm.clear()  # they count where the variables said
     forget_places()
-    _reflect(current.get().settings)
+    reflect(current.get())
     registry.reload()
 
 
@@ -207,10 +220,6 @@ registry.on_change(forget_choices)
 
 #: The `with` blocks that this task is in, each with the way back.
 _entered: ContextVar[tuple[tuple[_ScopeContext, Token[Scope]], ...]] = ContextVar("attn_entered", default=())
-
-
-#: What scopes derive from each other: (prefer, only, allow), each as in Settings.
-Said = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
 
 
 class _ScopeContext:
@@ -224,26 +233,26 @@ class _ScopeContext:
         self._key = key  # of what it says: equal ones derive alike
         self._traced: list[Said] = []
 
-    def _derive(self, prefer: tuple[str, ...], only: tuple[str, ...], allow: tuple[str, ...]) -> Said:
+    def _derive(self, said: Said) -> Said:
         raise NotImplementedError
 
     def __enter__(self) -> _ScopeContext:
         if torch.compiler.is_dynamo_compiling():
-            self._traced.append((mirror.prefer, mirror.only, mirror.allow))
-            mirror.prefer, mirror.only, mirror.allow = self._derive(mirror.prefer, mirror.only, mirror.allow)
+            self._traced.append(mirror.said)
+            mirror.said = self._derive(mirror.said)
             return self
-        outer = current.get()
-        scope = outer.within.get(self._key)
-        if scope is None:  # an empty one is falsy
-            scope = self._scope_within(outer)
+        scope = self.scope_within(current.get())
         _entered.set((*_entered.get(), (self, current.set(scope))))
-        _reflect(scope.settings)
+        reflect(scope)
         return self
 
-    def _scope_within(self, outer: Scope) -> Scope:
-        said = outer.settings
-        prefer, only, allow = self._derive(said.prefer, said.only, in_order(said.allow))
-        settings = replace(said, prefer=prefer, only=only, allow=frozenset(allow))
+    def scope_within(self, outer: Scope) -> Scope:
+        """The scope that entering this from `outer` leads to."""
+        scope = outer.within.get(self._key)
+        if scope is not None:  # an empty one is falsy
+            return scope
+        said = self._derive(outer.settings.said)
+        settings = replace(outer.settings, prefer=said.prefer, only=said.only, allow=frozenset(said.allow))
         scope = scope_for(settings, outer.recorders, outer.usages)
         if len(outer.within) >= SCOPES_KEPT:
             outer.within.clear()
@@ -252,7 +261,7 @@ class _ScopeContext:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._traced:
-            mirror.prefer, mirror.only, mirror.allow = self._traced.pop()
+            mirror.said = self._traced.pop()
             return
         entered = _entered.get()
         last = len(entered) - 1
@@ -263,7 +272,7 @@ class _ScopeContext:
         _entered.set(entered[:last] + entered[last + 1 :])
         current.reset(entered[last][1])
         # Not what the mirror showed on entering: another task of this thread may have entered or left since.
-        _reflect(current.get().settings)
+        reflect(current.get())
 
 
 class prefer(_ScopeContext):  # noqa: N801  (reads as a verb: `with prefer("flash/*")`)
@@ -290,8 +299,8 @@ class prefer(_ScopeContext):  # noqa: N801  (reads as a verb: `with prefer("flas
         if not torch.compiler.is_dynamo_compiling():
             check_patterns(patterns, strict)
 
-    def _derive(self, prefer: tuple[str, ...], only: tuple[str, ...], allow: tuple[str, ...]) -> Said:
-        return self.patterns + prefer, self.patterns if self.strict else only, allow
+    def _derive(self, said: Said) -> Said:
+        return Said(self.patterns + said.prefer, self.patterns if self.strict else said.only, said.allow)
 
 
 class allow(_ScopeContext):  # noqa: N801
@@ -309,8 +318,8 @@ class allow(_ScopeContext):  # noqa: N801
         self.what = what
         check_allowed(what, "allow")
 
-    def _derive(self, prefer: tuple[str, ...], only: tuple[str, ...], allow: tuple[str, ...]) -> Said:
-        return prefer, only, in_order(allow + self.what)
+    def _derive(self, said: Said) -> Said:
+        return Said(said.prefer, said.only, in_order(said.allow + self.what))
 
 
 def check_patterns(patterns: tuple[str, ...], strict: bool = False) -> None:

@@ -76,7 +76,7 @@ def traced(
     if type(query) is not Tensor or type(key) is not Tensor or type(value) is not Tensor:
         reason = what_is_foreign(query, key, value)
         if reason is not None and door != ATTENTION:
-            check_strict(STOCK, reason, mirror.only)
+            check_strict(STOCK, reason, mirror.said.only)
             return stock_sdpa(door, query, key, value, bias, scale, dropout_p, reason)
         if reason is not None:
             raise InputTypeError(f"attention takes plain tensors, got {reason}")
@@ -95,7 +95,7 @@ def by_own_dispatch(
     """A bias's own call inside a graph: all of it is traced."""
     scale, softcap, dropout_p, return_lse, kernel = asked
     check_options(bias, softcap, return_lse, kernel)
-    check_strict(name_of(bias), REASON, mirror.only)
+    check_strict(name_of(bias), REASON, mirror.said.only)
     note_own(name_of(bias))
     return dispatched(bias, query, key, value, scale, dropout_p, door == ATTENTION, door != SDPA)
 
@@ -132,9 +132,7 @@ def _run(door: int, query: Tensor, key: Tensor, value: Tensor, bias: AttnBias | 
     # makes a constant of it.
     rows, plain = weigh(
         operator.index(registry.generation),
-        mirror.prefer,
-        mirror.only,
-        mirror.allow,
+        *mirror.said,
         kernel,
         heads,
         tuple(operator.index(size) if has_static_value(size) else None for size in (batch, seqlen_q, seqlen_kv)),
@@ -249,8 +247,8 @@ def _best(rows: tuple[Any, ...], problem: Problem) -> Any:
         if not best[5] or not list(getattr(registry.refusers, best[0])(problem)):
             return best
         rows = tuple(row for row in rows if row[0] != best[0])
-    if mirror.only:
-        raise KernelRefusedError(f"{strict_scope(mirror.only)}: none of these takes this problem: {problem}")
+    if mirror.said.only:
+        raise KernelRefusedError(f"{strict_scope(mirror.said.only)}: none of these takes this problem: {problem}")
     raise NoKernelError(f"no kernel takes this problem: {problem}")
 
 

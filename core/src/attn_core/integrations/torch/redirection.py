@@ -24,6 +24,7 @@ from torch import Tensor
 from ...dispatch import call
 from ...errors import IntegrationWarning
 from ...plan import Plan
+from ...scope import current, reflect
 from ...scope import prefer as prefer_scope
 from ...tracing import constant
 
@@ -43,8 +44,8 @@ class Options:
     def __init__(self, prefer: Collection[str] | str = (), strict: bool = False) -> None:
         patterns = (prefer,) if isinstance(prefer, str) else tuple(prefer)
         self.asked: Asked = (patterns, strict)
-        #: Entered around each call; None where there is nothing to enter.
-        self.scope = prefer_scope(*patterns, strict=strict) if patterns or strict else None
+        #: The scope of each call; None where that is the one around it.
+        self.prefer = prefer_scope(*patterns, strict=strict) if patterns or strict else None
 
 
 class Entered:
@@ -134,14 +135,17 @@ def _reflect() -> None:
 class inside:  # noqa: N801  (reads as a state: `with inside(options)`)
     """While a redirected call runs: torch's attention is torch's, and the kernels are chosen as `options` say."""
 
-    __slots__ = ("_asked", "_scope", "_token")
+    __slots__ = ("_asked", "_outer", "_prefer", "_token")
 
     def __init__(self, options: Options) -> None:
-        self._scope: AbstractContextManager[Any] | None = options.scope
+        self._prefer = options.prefer
 
     def __enter__(self) -> None:
-        if self._scope is not None:
-            self._scope.__enter__()
+        if self._prefer is not None:
+            # Less than entering it, which every call would pay for: nobody but this call can leave it.
+            scope = self._prefer.scope_within(current.get())
+            self._outer = current.set(scope)
+            reflect(scope)
         self._token = _here.set(_INSIDE)
         self._asked = mirror.asked
         mirror.asked = False
@@ -149,8 +153,9 @@ class inside:  # noqa: N801  (reads as a state: `with inside(options)`)
     def __exit__(self, *raised: Any) -> None:
         mirror.asked = self._asked
         _here.reset(self._token)
-        if self._scope is not None:
-            self._scope.__exit__(*raised)
+        if self._prefer is not None:
+            current.reset(self._outer)
+            reflect(current.get())
 
 
 def inside_kernel() -> bool:
