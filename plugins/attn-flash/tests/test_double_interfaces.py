@@ -173,7 +173,7 @@ def test_a_gradient_of_the_lse_flows_in_fa4_and_nowhere_else(flash):
 
 @only("fa3", "fa4")
 def test_value_may_have_another_head_dim(flash):
-    q, k, v = randn(1, 3, 4, 16).requires_grad_(), randn(1, 4, 2, 16, seed=1), randn(1, 4, 2, 24, seed=2)
+    q, k, v = randn(1, 3, 4, 16).requires_grad_(), randn(1, 4, 4, 16, seed=1), randn(1, 4, 4, 24, seed=2)
     out = flash.flash_attn_func(q, k, v)
     out = out[0] if flash.generation == "fa4" else out
     assert out.shape == (1, 3, 4, 24)
@@ -221,6 +221,26 @@ def test_pages_have_no_backward(flash):
         out, _ = flash.flash_attn_varlen_func(q, pages, pages.clone(), **used)
         with pytest.raises(AssertionError):
             out.sum().backward()
+
+
+@only("fa4")
+def test_fa4_has_no_backward_for_shared_keys_with_values_of_another_head_dim(flash):
+    q, k, v = randn(1, 3, 4, 16).requires_grad_(), randn(1, 4, 2, 16, seed=1), randn(1, 4, 2, 24, seed=2)
+    out, _ = flash.flash_attn_func(q, k, v)
+    with pytest.raises(AssertionError, match="GQA backward requires head_dim == head_dim_v"):
+        out.sum().backward()
+
+
+@only("fa4")
+@pytest.mark.parametrize(("head_dim", "page_size", "taken"), [(24, 4, False), (32, 4, True), (24, 128, True)])
+def test_fa4_loads_pages_of_sizes_of_its_own_in_columns_of_16(flash, head_dim, page_size, taken):
+    q, pages = randn(1, 2, 2, head_dim), randn(2, page_size, 2, head_dim, seed=1)
+    used = {"seqused_k": int32([3]), "page_table": int32([[1]])}
+    if taken:
+        flash.flash_attn_varlen_func(q, pages, pages, **used)
+        return
+    with pytest.raises(AssertionError, match="Paged KV does not support irregular head dim"):
+        flash.flash_attn_varlen_func(q, pages, pages, **used)
 
 
 @only("fa4")

@@ -151,6 +151,38 @@ REFUSED = {
         "lse_grad",
         "with head_dim 256",
     ),
+    "a window with the longest head_dim of Blackwell in the backward": (
+        {"fa4": B200},
+        asked(Window(9, 3, "bottom-right"), head_dim=256, head_dim_v=256, requires_grad=True),
+        "backward.biases",
+        "takes no window with head_dim 256 in the backward, got Window(9, 3",
+    ),
+    "documents with a window with the longest head_dim of Blackwell in the backward": (
+        {"fa4": B200},
+        asked(
+            Segments([64, 64], within=Window(9, 0, "bottom-right")), head_dim=256, head_dim_v=256, requires_grad=True
+        ),
+        "backward.biases",
+        "takes no window with head_dim 256 in the backward, got Segments",
+    ),
+    "shared keys with values of another head_dim in the backward": (
+        {"fa4": HOPPER},
+        asked(head_dim_v=128, requires_grad=True),
+        "backward.gqa",
+        "where head_dim_v is another than head_dim, got 2 with 64 and 128",
+    ),
+    "pages of an odd head_dim": (
+        {"fa4": HOPPER},
+        asked(Paged(TABLE, [100, 128], 64), head_dim=72, head_dim_v=72),
+        "bias",
+        "takes pages with multiples of 16 for head_dim and head_dim_v, got 72 with 72",
+    ),
+    "pages of an odd head_dim on Blackwell": (
+        {"fa4": B200},
+        asked(Paged(TABLE, [100, 128], 64), head_dim_v=40),
+        "bias",
+        "takes pages with multiples of 16 for head_dim and head_dim_v, got 64 with 40",
+    ),
     "dropout": (("fa3", "fa4"), asked(dropout_p=0.1), "dropout_p", "takes no dropout, got 0.1"),
     "dropout beside a softcap": (
         ("fa2",),
@@ -320,7 +352,24 @@ TAKEN = {
     "the oldest device": ({"fa2": A100, "fa3": HOPPER, "fa4": HOPPER}, asked()),
     "the newest device": ({"fa2": (12, 1), "fa3": HOPPER, "fa4": THOR}, asked()),
     "the longest head_dim": (("fa2", "fa3", "fa4"), asked(head_dim=256, head_dim_v=256, requires_grad=True)),
-    "the longest head_dim of values": (("fa3", "fa4"), asked(head_dim_v=256, requires_grad=True)),
+    "the longest head_dim of values": (("fa3",), asked(head_dim_v=256, requires_grad=True)),
+    "the longest head_dim of values, for heads of their own": (
+        ("fa4",),
+        asked(num_kv_heads=8, head_dim_v=256, requires_grad=True),
+    ),
+    "shared keys with values of another head_dim": (("fa3", "fa4"), asked(head_dim_v=128)),
+    "shared keys with values of another head_dim in the backward of Blackwell": (
+        {"fa4": B200},
+        asked(head_dim_v=128, requires_grad=True),
+    ),
+    "causal, with the longest head_dim of Blackwell in the backward": (
+        {"fa4": B200},
+        asked(Causal("bottom-right"), head_dim=256, head_dim_v=256, requires_grad=True),
+    ),
+    "a window with the longest head_dim of Blackwell": (
+        {"fa4": B200},
+        asked(Window(9, 3, "bottom-right"), head_dim=256, head_dim_v=256),
+    ),
     "the longest head_dim of values, without gradients": (("fa3",), asked(head_dim_v=512)),
     "head_dims of DeepSeek": ({"fa3": HOPPER, "fa4": B200}, asked(head_dim=192, head_dim_v=128, requires_grad=True)),
     "dropout": (("fa2",), asked(dropout_p=0.1, requires_grad=True)),

@@ -33,6 +33,8 @@ IN_BACKWARD: frozenset[type[AttnBias] | AttnBias] = frozenset({Causal("bottom-ri
 BIASES: frozenset[type[AttnBias] | AttnBias] = frozenset({*IN_BACKWARD, KeyPadding, Cached, Paged})
 #: Of Blackwell, which has the common sizes and two more.
 BLACKWELL_DIMS = frozenset({*range(8, 129, 8), 192, 256})
+#: Pages are loaded in columns of so many.
+PAGED_DIMS = 16
 
 
 def probe() -> Unusable | None:
@@ -45,8 +47,15 @@ def refuse(problem: Problem) -> Iterator[Refusal]:
     yield from masks.refusals(problem)
     yield from masks.refusals_of_corners(problem)
     yield from masks.refusals_of_gaps(problem, in_forward=False)
+    dim, dim_v = problem.head_dim, problem.head_dim_v
+    if problem.in_pages and (dim % PAGED_DIMS or dim_v % PAGED_DIMS):
+        text = f"takes pages with multiples of {PAGED_DIMS} for head_dim and head_dim_v"
+        yield Refusal("bias", f"{text}, got {dim} with {dim_v}")
     if problem.compute_capability is not None and problem.compute_capability >= (10, 0):
         yield from _refusals_of_blackwell(problem)
+    elif problem.needs_backward and dim != dim_v and problem.num_heads != problem.num_kv_heads:
+        text = f"takes num_kv_heads equal to num_heads={problem.num_heads} in the backward where head_dim_v is another"
+        yield Refusal("backward.gqa", f"{text} than head_dim, got {problem.num_kv_heads} with {dim} and {dim_v}")
 
 
 def _refusals_of_blackwell(problem: Problem) -> Iterator[Refusal]:
@@ -58,6 +67,8 @@ def _refusals_of_blackwell(problem: Problem) -> Iterator[Refusal]:
         yield Refusal("softcap", f"takes no softcap with head_dim 256, got {problem.softcap:g}")
     if dim == 256 and problem.bias is not None and problem.bias.has_padding:
         yield Refusal("bias", f"takes no cache, pages, padding or gaps with head_dim 256, got {problem.bias!r}")
+    if dim == 256 and problem.needs_backward and masks.asked(problem.bias).is_window:
+        yield Refusal("backward.biases", f"takes no window with head_dim 256 in the backward, got {problem.bias!r}")
     if dim == 256 and problem.needs_backward and problem.return_lse:
         yield Refusal("lse_grad", "does not differentiate through the LSE with head_dim 256, and a gradient is needed")
 

@@ -28,6 +28,11 @@ class Asked(NamedTuple):
     def causal(self) -> bool:
         return self.left is None and self.right == 0
 
+    @property
+    def is_window(self) -> bool:
+        """Whether it has limits, and is not causal alone."""
+        return not self.causal and (self.left is not None or self.right is not None)
+
 
 def asked(bias: AttnBias | None) -> Asked:
     """What is asked of it, for a bias that is declared."""

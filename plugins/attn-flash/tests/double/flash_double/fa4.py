@@ -18,6 +18,8 @@ from .batch import Batch, backward_of, batch_of, forward_of
 #: The device that it would be compiled for: 90 is a Hopper, 100 a Blackwell.
 ARCH = 90
 DTYPES = (torch.float16, torch.bfloat16)
+#: Pages of as many keys as a tile has are loaded as tiles are. For larger head_dims, tiles are others.
+PAGE_OF_A_TILE = 128
 #: What changes how the kernels come to a result, and not the result.
 ONLY_SPEED = {"max_seqlen_q", "max_seqlen_k", "min_seqlen_k", "num_splits", "pack_gqa", "deterministic"}
 
@@ -38,6 +40,8 @@ def flash_attn_fwd(
         assert page_table.dtype == torch.int32, "page_table must be int32"
         assert rest.get("cu_seqlens_k") is None, "page_table is not supported with cu_seqlens_k"
     assert_head_dims(q.shape[-1], v.shape[-1])
+    if page_table is not None and k.shape[1] != PAGE_OF_A_TILE:
+        assert q.shape[-1] % 16 == v.shape[-1] % 16 == 0, "Paged KV does not support irregular head dim"
     out, lse = forward_of(q, k, v, *_asked(q, k, v, page_table=page_table, **rest))
     return out, lse if needs_lse else None, None, None, None
 
@@ -58,6 +62,11 @@ def flash_attn_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv). It knows nothing of pages: to it, these are another number of keys."""
     batch, rules = _asked(q, k, v, softmax_scale=softmax_scale, causal=causal, softcap=softcap, **rest)
+    if ARCH // 10 == 9 and q.shape[-2] != k.shape[-2]:
+        assert q.shape[-1] == v.shape[-1], "GQA backward requires head_dim == head_dim_v"
+    if ARCH // 10 in (10, 11) and q.shape[-1] == 256:
+        is_window = rules.left is not None or rules.right not in (None, 0)
+        assert not is_window, "SM100 backward with head_dim=256 does not support local attention"
     assert lse.shape == ((q.shape[0], q.shape[2], q.shape[1]) if q.ndim == 4 else (q.shape[1], q.shape[0]))
     assert dout.shape == out.shape
     return backward_of(dout, dlse, q, k, v, out, lse, batch, rules)
