@@ -10,6 +10,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from attn_cuda_ref.cache import ABANDONED, FOLDER, SUFFIX, Cache, default_folder
@@ -63,6 +64,21 @@ def test_a_folder_of_another_user_is_not_used(folder: Path, monkeypatch: pytest.
     monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
     with pytest.warns(CacheWarning, match=f"belongs to user {folder.stat().st_uid}.*{FOLDER}"):
         assert Cache(folder).get("k") is None
+
+
+def test_a_file_of_another_user_in_one_s_own_folder_is_not_read_and_is_written_anew(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, status = Cache(folder), os.fstat
+    cache.put("k", CUBIN)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fstat", lambda file: SimpleNamespace(st_uid=status(file).st_uid + 1))
+        with pytest.warns(CacheWarning, match=f"k{SUFFIX} belongs to user {os.getuid() + 1}"):
+            assert cache.get("k") is None
+    before = (folder / f"k{SUFFIX}").stat().st_ino
+    cache.put("k", CUBIN)
+    assert (folder / f"k{SUFFIX}").stat().st_ino != before
+    assert cache.get("k") == CUBIN
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o770, 0o701], ids=oct)

@@ -56,11 +56,14 @@ class Cache:
         try:
             if not self._is_trusted():
                 return None
-            content = path.read_bytes()
+            with path.open("rb") as file:
+                owner, content = os.fstat(file.fileno()).st_uid, file.read()
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             self._say(f"{path} cannot be read: {error.strerror or error}")
+            return None
+        if not self._is_own(path, owner):  # of a time when the folder was open
             return None
         cubin = _whole(content)
         if cubin is not None:
@@ -127,16 +130,20 @@ class Cache:
         if not stat.S_ISDIR(status.st_mode):
             self._say(f"{self.folder} is a file, not a folder")
             return False
-        if not hasattr(os, "getuid"):  # no owners, no modes
-            return True
-        if status.st_uid != os.getuid():
-            self._say(f"{self.folder} belongs to user {status.st_uid}, and you are {os.getuid()}")
+        if not self._is_own(self.folder, status.st_uid):
             return False
-        if stat.S_IMODE(status.st_mode) & 0o077:
-            mode = stat.S_IMODE(status.st_mode)
+        mode = stat.S_IMODE(status.st_mode)
+        if hasattr(os, "getuid") and mode & 0o077:
             self._say(f"{self.folder} is open to others (mode {mode:o}); close it: chmod 700 {self.folder}")
             return False
         return True
+
+    def _is_own(self, path: Path, owner: int) -> bool:
+        """Whether a file or folder with this owner is this user's; always where there are no owners."""
+        if not hasattr(os, "getuid") or owner == os.getuid():
+            return True
+        self._say(f"{path} belongs to user {owner}, and you are {os.getuid()}")
+        return False
 
     def _say(self, reason: str) -> None:
         if reason in self._said:
