@@ -18,7 +18,7 @@ PROBES = (Path(__file__).parent / "gpu" / "probes.cu").read_text()
 #: The types of 16 bits as the kernels' text names them.
 NARROW = {"f16": torch.float16, "bf16": torch.bfloat16}
 #: What there is of bfloat16 before sm_80.
-CONVERSIONS = ("widen", "narrow")
+CONVERSIONS = ("widen", "narrow", "pairs")
 EVERY_PATTERN = torch.arange(-(2**15), 2**15, dtype=torch.int16)
 EMULATED = [f"{build} {schedule}" for build in ("plain", "checked") for schedule in SCHEDULES]
 
@@ -101,6 +101,13 @@ def test_floats_are_rounded_to_the_nearest_and_ties_to_even(name, any_machine):
     expected = wide.to(NARROW[name])
     assert torch.equal(narrow.isnan(), wide.isnan())
     assert torch.equal(narrow.view(torch.int16)[~wide.isnan()], expected.view(torch.int16)[~wide.isnan()])
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_two_numbers_share_a_register_the_first_in_the_low_half(name, any_machine):
+    wide, packed = torch.randn(512), torch.empty(256, dtype=torch.int32)
+    any_machine.run("pairs", wide, packed, block=(256, 1, 1), TYPE=name)
+    assert torch.equal(packed, halves(wide.to(NARROW[name])))
 
 
 def rounded_exactly(values, dtype):

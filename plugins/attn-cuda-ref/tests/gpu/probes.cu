@@ -17,6 +17,11 @@ extern "C" __global__ void narrow(const float* wide, TYPE* narrow, long long cou
   if (i < count) narrow[i] = from_float<TYPE>(wide[i]);
 }
 
+extern "C" __global__ void pairs(const float* wide, unsigned* packed) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  packed[i] = pack<TYPE>(wide[2 * i], wide[2 * i + 1]);
+}
+
 extern "C" __global__ void arithmetic(const TYPE* a, const TYPE* b, const TYPE* c, TYPE* sum, TYPE* product,
                                       TYPE* fused) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
