@@ -1,14 +1,14 @@
 """Compiles every kernel for every architecture, without a GPU, and looks at what the cubins say of themselves.
 
-    python plugins/attn-cuda-ref/checks/compile_gate.py                     all of them: see below how long
+    python plugins/attn-cuda-ref/checks/compile_gate.py                     all of them, by one core in 90 minutes
     python plugins/attn-cuda-ref/checks/compile_gate.py --every 20          every twentieth
     python plugins/attn-cuda-ref/checks/compile_gate.py --arch sm_90a       of one architecture
     python plugins/attn-cuda-ref/checks/compile_gate.py --compiler nvrtc    by one compiler
 
-NVRTC compiles them, which is what users run, and nvcc after it, where there is one. A text that does not compile ends
-it, with the compiler's words. So do spills where head_dim is at most 128: that is a count, the same on every machine.
-Registers and seconds are printed and judged by nobody; the seconds are a core's own, so that what else runs beside does
-not count.
+NVRTC compiles them, which is what users run, in half an hour; and nvcc after it, where there is one, in an hour. A text
+that does not compile ends it, with the compiler's words. So do spills where head_dim is at most 128: that is a count,
+the same on every machine. Registers and seconds are printed and judged by nobody; the seconds are a core's own, so that
+what else runs beside does not count.
 """
 
 from __future__ import annotations
