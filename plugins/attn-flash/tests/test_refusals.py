@@ -441,6 +441,35 @@ def test_a_later_release_has_gradients_of_any_length(tmp_path):
         assert not refused("fa2", long)
 
 
+LONGEST = {"head_dim": 256, "head_dim_v": 256}
+#: (problem, field, what an older beta of FlashAttention-4 is said to lack).
+LATER_IN_FA4 = {
+    "a window with the longest head_dim of Blackwell": (
+        asked(Window(9, 3, "bottom-right"), **LONGEST, compute_capability=B200),
+        "bias",
+        "takes no window with head_dim 256 in flash-attn-4 4.0.0b30; 4.0.0b34 does; got Window(9, 3",
+    ),
+    "a bit-equal backward with the longest head_dim of Blackwell": (
+        asked(**LONGEST, compute_capability=B200, requires_grad=True, deterministic=True),
+        "backward.deterministic",
+        "has no deterministic backward with head_dim 256 in flash-attn-4 4.0.0b30",
+    ),
+    "a backward of the longest head_dim of Hopper": (
+        asked(**LONGEST, requires_grad=True),
+        "backward.head_dims",
+        "takes no head_dim or head_dim_v above 192 in the backward of sm_90 in flash-attn-4 4.0.0b30",
+    ),
+}
+
+
+@pytest.mark.parametrize(("problem", "field", "text"), LATER_IN_FA4.values(), ids=LATER_IN_FA4)
+def test_what_came_with_a_later_beta_is_refused_of_an_older_one(tmp_path, problem, field, text):
+    with doubled(tmp_path / "old", "fa4", versions={"fa4": "4.0.0b30"}):
+        assert text in refused("fa4", problem)[field]
+    with doubled(tmp_path / "new", "fa4", versions={"fa4": "4.0.0b34"}):
+        assert not refused("fa4", problem)
+
+
 @pytest.mark.parametrize("version", [VERSIONS["fa4"], "4.0.0b13"])
 def test_what_is_publicly_known_to_be_wrong_of_flash_attention_4_is_refused_by_name(tmp_path, monkeypatch, version):
     from attn_core import known_bad

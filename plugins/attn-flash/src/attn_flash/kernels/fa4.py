@@ -35,6 +35,8 @@ BIASES: frozenset[type[AttnBias] | AttnBias] = frozenset({*IN_BACKWARD, KeyPaddi
 BLACKWELL_DIMS = frozenset({*range(8, 129, 8), 192, 256})
 #: Pages are loaded in columns of so many.
 PAGED_DIMS = 16
+#: A beta with what earlier ones assert against, or cannot compile. Of betas 13, 24, 30, 34 and 36, the first that has it.
+COMPLETED = "4.0.0b34"
 
 
 def probe() -> Unusable | None:
@@ -56,6 +58,21 @@ def refuse(problem: Problem) -> Iterator[Refusal]:
     elif problem.needs_backward and dim != dim_v and problem.num_heads != problem.num_kv_heads:
         text = f"takes num_kv_heads equal to num_heads={problem.num_heads} in the backward where head_dim_v is another"
         yield Refusal("backward.gqa", f"{text} than head_dim, got {problem.num_kv_heads} with {dim} and {dim_v}")
+    if library.is_older(library.FA4, COMPLETED):
+        yield from _refusals_of_older_betas(problem)
+
+
+def _refusals_of_older_betas(problem: Problem) -> Iterator[Refusal]:
+    here = f"in flash-attn-4 {library.installed(library.FA4)}; {COMPLETED} does"
+    is_blackwell = problem.compute_capability is not None and problem.compute_capability >= (10, 0)
+    dim = problem.head_dim
+    if is_blackwell and dim == 256 and masks.asked(problem.bias).is_window:
+        yield Refusal("bias", f"takes no window with head_dim 256 {here}; got {problem.bias!r}")
+    if is_blackwell and dim == 256 and problem.needs_backward and problem.deterministic:
+        yield Refusal("backward.deterministic", f"has no deterministic backward with head_dim 256 {here}")
+    if not is_blackwell and max(dim, problem.head_dim_v) > 192 and problem.needs_backward:
+        text = f"takes no head_dim or head_dim_v above 192 in the backward of sm_90 {here}"
+        yield Refusal("backward.head_dims", f"{text}; got {dim} with {problem.head_dim_v}")
 
 
 def _refusals_of_blackwell(problem: Problem) -> Iterator[Refusal]:
