@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 import pickle
+import re
 import subprocess
 import sys
 
@@ -177,6 +178,19 @@ def test_a_bound_bias_refuses_other_lengths_and_takes_its_own(bias):
         bound.bind(5, 4)
 
 
+@pytest.mark.parametrize("length", [-1, 2.0, "4", None, True, torch.tensor(4)], ids=repr)
+@pytest.mark.parametrize(
+    "bias",
+    [Causal("top-left"), Window(1, 1, "top-left"), KeyPadding([0]), TensorBias(torch.zeros(1, 1))],
+    ids=lambda bias: type(bias).__name__,
+)
+def test_what_is_no_length_is_refused_by_name(bias, length):
+    with pytest.raises(InputError, match=re.escape(f"seqlen_q must be an int >= 0, got {length!r}")):
+        bias.bind(length, 4)
+    with pytest.raises(InputError, match=re.escape(f"seqlen_kv must be an int >= 0, got {length!r}")):
+        bias.bind(4, length)
+
+
 @pytest.mark.parametrize("question", ["materialize", "pairs", "normalize", "draw"])
 def test_an_unbound_mask_asked_for_its_lengths_names_bind(question):
     with pytest.raises(UnboundBiasError, match=r"bind\(seqlen_q, seqlen_kv\)"):
@@ -211,7 +225,11 @@ def test_key_padding_checks_its_lengths_when_it_is_bound():
         (lambda: Window(0, 1.5), InputError, "right .* got 1.5"),
         (lambda: Window(True, 0), InputError, "left .* got True"),
         (lambda: Window(3, "0"), InputError, "right .* got '0'"),
-        (lambda: KeyPadding([1.5]), InputTypeError, r"must be integers, got \[1.5\]"),
+        (lambda: Window([3], 0), InputError, r"left .* got \[3\]"),
+        (lambda: Window(0, torch.tensor(3)), InputError, r"right .* got tensor\(3\)"),
+        (lambda: KeyPadding([1.5]), InputTypeError, r"must be an integer tensor, or ints .* got \[1.5\]"),
+        (lambda: KeyPadding(3), InputTypeError, "must be an integer tensor, or ints .* got 3"),
+        (lambda: KeyPadding(None), InputTypeError, "must be an integer tensor, or ints .* got None"),
         (lambda: KeyPadding(torch.ones(2)), InputTypeError, "integer tensor, got torch.float32"),
         (lambda: KeyPadding(torch.ones(2, 3, dtype=torch.bool)), InputTypeError, "TensorBias"),
         (lambda: KeyPadding(torch.ones(2, 3, dtype=torch.int64)), InputError, r"\[batch\], got shape \[2, 3\]"),

@@ -440,6 +440,9 @@ def ones(*shape):
         (with_too_few_rows, InputError, r"has 2 rows of 2 queries, and its seq_lengths \(5, 6\) need 3"),
         (lambda: BlockMask.from_mask(Causal(), 4, 5), InputError, "has no corner"),
         (lambda: BlockMask.from_mask(Causal(), 4, 4, 0), InputError, "block_size must be an int >= 1"),
+        (lambda: BlockMask.from_mask(TensorBias(ones(4, 4)), 4, 4), InputTypeError, "from_mask: takes a mask, got Ten"),
+        (lambda: BlockMask(ones(2, 2), None), InputError, "block_size must be an int >= 1.* got None"),
+        (lambda: BlockMask(ones(2, 2), (2, "2")), InputError, r"block_size must be .* got \(2, '2'\)"),
     ],
     ids=[
         "floating",
@@ -467,6 +470,9 @@ def ones(*shape):
         "flex-rows",
         "from-mask-corner",
         "from-mask-block",
+        "from-a-tensor",
+        "block-none",
+        "block-string",
     ],
 )
 def test_what_does_not_fit_is_named(make, error, text):

@@ -146,6 +146,7 @@ def test_an_unbound_bias_names_bind(bias):
         ({"batch_entry": 2}, "has batch entry 0 to 1, got 2"),
         ({"batch_entry": -1}, "has batch entry 0 to 1, got -1"),
         ({"head": -1}, "has head 0 to 0, got -1"),
+        ({"head": "0"}, "has head 0 to 0, got '0'"),
     ],
 )
 def test_a_place_that_the_bias_does_not_have_is_an_error(place, message):

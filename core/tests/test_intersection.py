@@ -151,6 +151,9 @@ def test_it_is_traced_built_inside_or_passed_in(dynamic):
     ("make", "error", "text"),
     [
         (lambda: Causal() & TensorBias(torch.ones(2, 2)), InputTypeError, "only masks intersect"),
+        (lambda: Causal() & torch.ones(2, 2), InputTypeError, r"tensor of shape \[2, 2\]: only masks intersect; `\+`"),
+        (lambda: torch.ones(2, 2) & Causal(), InputTypeError, r"tensor of shape \[2, 2\]: only masks intersect; `\+`"),
+        (lambda: TensorBias(torch.ones(2, 2)) & Causal(), InputTypeError, "only masks intersect"),
         (lambda: Intersection((Causal(), "x")), InputTypeError, "takes masks, got str"),
         (lambda: Intersection((Causal(),)), InputError, "takes two or more, got 1"),
         (lambda: Causal().bind(3, 3) & Window(1, 1).bind(4, 4), InputError, "was made for other lengths than"),
@@ -158,7 +161,18 @@ def test_it_is_traced_built_inside_or_passed_in(dynamic):
         (lambda: (Causal() & KeyPadding([1])).bind(3, 4), InputError, "Causal.* has no corner"),
         (lambda: (Causal() & KeyPadding([9])).bind(4, 4), InputError, r"must lie in \[0, seqlen_kv=4\]"),
     ],
-    ids=["tensor", "no-mask", "one", "lengths", "batches", "corner", "padding"],
+    ids=[
+        "tensor",
+        "bare-tensor",
+        "bare-tensor-first",
+        "tensor-first",
+        "no-mask",
+        "one",
+        "lengths",
+        "batches",
+        "corner",
+        "padding",
+    ],
 )
 def test_what_does_not_go_together_is_named(make, error, text):
     with pytest.raises(error, match=text):

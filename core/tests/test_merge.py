@@ -113,6 +113,8 @@ def test_it_is_traced_into_a_graph():
     [
         ([], [], InputError, "as many outs as lses, at least one, got 0 and 0"),
         ([torch.ones(1, 2, 1, 3)], [], InputError, "got 1 and 0"),
+        (None, [], InputTypeError, "outs must be a list or tuple of tensors, got NoneType"),
+        ([torch.ones(1, 2, 1, 3)], torch.ones(1, 1, 2), InputTypeError, "lses must be a list .* got Tensor"),
         ([torch.ones(1, 2, 1, 3)], [torch.ones(1, 2, 1)], InputError, r"\[batch=1, num_heads=1, seqlen_q=2\], got"),
         ([torch.ones(2, 1, 3)], [torch.ones(1, 2, 1)], InputError, "outs must be"),
         (
@@ -135,7 +137,7 @@ def test_it_is_traced_into_a_graph():
         ),
         ([torch.ones(1, 2, 1, 3)], [torch.ones(1, 1, 2, device="meta")], InputError, "on cpu, got .* on meta"),
     ],
-    ids=["none", "counts", "lse-shape", "rank", "integers", "dtypes", "shapes", "devices"],
+    ids=["none", "counts", "no-list", "a-tensor", "lse-shape", "rank", "integers", "dtypes", "shapes", "devices"],
 )
 def test_parts_that_do_not_fit_are_named(outs, lses, error, text):
     with pytest.raises(error, match=text):

@@ -552,8 +552,10 @@ def test_sizes_are_checked_as_torch_does_not(operands):
             scaled_dot_product_attention(*operands, module.causal_upper_left(7, 9))
     with pytest.raises(TypeError):
         attn_core.causal_upper_left(5)
-    with pytest.raises(InputError, match="seq_len_kv: must be at least 0, got -1"):
+    with pytest.raises(InputError, match="seq_len_kv: must be an int >= 0, got -1"):
         attn_core.causal_lower_right(5, -1)
+    with pytest.raises(InputError, match="seq_len_q: must be an int >= 0, got 5.0"):
+        attn_core.causal_upper_left(5.0, 5)
     with pytest.raises(InputError, match=r"variant: must be CausalVariant\.UPPER_LEFT or .* got 3"):
         attn_core.CausalBias(3, 5, 5)
 

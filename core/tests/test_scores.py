@@ -362,6 +362,8 @@ def test_one_graph_serves_every_length():
     [
         (lambda: ALiBi(0), InputError, "num_heads must be an int >= 1, got 0"),
         (lambda: ALiBi("8"), InputError, "num_heads must be an int >= 1, got '8'"),
+        (lambda: ALiBi(None), InputError, "num_heads must be an int >= 1, got None"),
+        (lambda: ALiBi(torch.tensor(2)), InputError, r"num_heads must be an int >= 1, got tensor\(2\)"),
         (lambda: ALiBi(2, [0.5, 0.25]), InputTypeError, "must be a floating tensor, got list"),
         (
             lambda: ALiBi(2, torch.ones(2, dtype=torch.int64)),
@@ -379,7 +381,9 @@ def test_one_graph_serves_every_length():
         (lambda: RelPosTable(torch.ones(2, 3, dtype=torch.int8), 3), InputTypeError, "got torch.int8"),
         (lambda: RelPosTable(torch.ones(2, 3), 3).bind(4, 4), InputError, "3 tokens, which must be both lengths"),
         (lambda: RelPosTable.from_swin(torch.ones(8, 2), (2, 2)), InputError, "2 x 2 has 9 entries"),
-        (lambda: ALiBi(2) & Causal(), TypeError, "unsupported operand"),
+        (lambda: RelPosTable.from_swin(torch.ones(9, 2), 2), InputError, r"window must be \(height, width\), .* got 2"),
+        (lambda: RelPosTable.from_swin([[1.0]], (1, 1)), InputTypeError, "from_swin: table must be .* got list"),
+        (lambda: ALiBi(2) & Causal(), InputTypeError, "only masks intersect"),
         (lambda: Causal() & ALiBi(2), InputTypeError, "only masks intersect"),
         (lambda: ALiBi(2) + "x", InputTypeError, "takes None"),
         (lambda: ALiBi(2) + ALiBi(4), InputError, "num_heads=2 and 4"),

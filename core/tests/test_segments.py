@@ -530,6 +530,7 @@ def test_one_that_cannot_be_names_the_document_and_the_numbers(make, text):
         (lambda: Segments([2, 3], within=KeyPadding([2])), "within takes Causal, Window or None, got KeyPadding"),
         (lambda: Segments.from_offsets(torch.tensor([0.0, 5.0])), "offsets_q must be integers"),
         (lambda: Segments.from_offsets(torch.tensor([[0, 5]])), "of shape [1, 2]"),
+        (lambda: Segments.from_offsets(torch.tensor([0, 5], device="meta")), "got one on the meta device"),
     ],
 )
 def test_what_is_not_integers_is_refused(make, text):

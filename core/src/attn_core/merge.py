@@ -33,7 +33,7 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
 
     Raises:
         InputError: no parts, as many outs as lses are not given, or shapes or devices that do not agree.
-        InputTypeError: dtypes that do not agree or are not floating.
+        InputTypeError: what is no sequence of tensors, dtypes that do not agree or are not floating.
     """
     _check(outs, lses)
     compute = torch.float64 if lses[0].dtype is torch.float64 else torch.float32
@@ -54,6 +54,9 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
 
 
 def _check(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
+    for name, given in (("outs", outs), ("lses", lses)):
+        if not isinstance(given, Sequence):
+            raise InputTypeError(f"merge: {name} must be a list or tuple of tensors, got {type(given).__name__}")
     if not outs or len(outs) != len(lses):
         raise InputError(f"merge: takes as many outs as lses, at least one, got {len(outs)} and {len(lses)}")
     for name, tensors in (("outs", outs), ("lses", lses)):

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import InputError, InputTypeError
 from .diagonal import Corner, check_corner, check_corner_is_decided, offset
 from .score import Score
+from .whole_numbers import is_count
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -36,7 +37,7 @@ class ALiBi(Score):
 
     def __post_init__(self) -> None:
         check_corner("ALiBi", self.corner)
-        if isinstance(self.num_heads, (bool, float, str)) or self.num_heads < 1:
+        if not is_count(self.num_heads, 1):
             raise InputError(f"ALiBi: num_heads must be an int >= 1, got {self.num_heads!r}")
         if self.slopes is None:
             return

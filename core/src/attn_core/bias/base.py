@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import InputError, InputTypeError, UnboundBiasError
 from .fields import Derived, as_fact, changed, from_fact, look, made, on_meta, parameters
+from .whole_numbers import is_length
 
 if TYPE_CHECKING:
     from .paged import Paged
@@ -314,6 +315,10 @@ class AttnBias(ABC):
         return self.lengths
 
     def _check_rebind(self, seqlen_q: int, seqlen_kv: int) -> None:
+        if not _is_tracing():
+            for name, seqlen in (("seqlen_q", seqlen_q), ("seqlen_kv", seqlen_kv)):
+                if not is_length(seqlen):
+                    raise InputError(f"bind: {name} must be an int >= 0, got {seqlen!r}")
         if self.lengths is not None and self.lengths != (seqlen_q, seqlen_kv):
             raise InputError(
                 f"bias: {self!r} was made for seqlen_q={self.lengths[0]}, seqlen_kv={self.lengths[1]},"
@@ -368,17 +373,20 @@ class Mask(Kind):
     `a & b` lets a query attend what both let it.
     """
 
-    def __and__(self, other: AttnBias) -> Mask:
+    def __and__(self, other: AttnBias | Tensor) -> Mask:
         from .intersection import Intersection  # which is a mask itself
 
         if not isinstance(other, Mask):
-            if isinstance(other, AttnBias):
-                raise InputTypeError(f"{self!r} & {other!r}: only masks intersect; `+` adds what is no mask")
+            if isinstance(other, (AttnBias, Tensor)):
+                what = f"a tensor of shape {list(other.shape)}" if isinstance(other, Tensor) else repr(other)
+                raise InputTypeError(f"{self!r} & {what}: only masks intersect; `+` joins a mask and what is none")
             return NotImplemented
         parts: list[Mask] = []
         for mask in (self, other):
             parts += mask.parts if isinstance(mask, Intersection) else [mask]
         return Intersection(tuple(parts)).bound_by_parts()
+
+    __rand__ = __and__  # a bias on the left has an `&` of its own, or none
 
     @property
     def mask(self) -> Mask:

@@ -15,6 +15,7 @@ from .base import AttnBias, Mask, Rule, TileKind, _is_tracing
 from .block_rows import Rows, has_all, rows_of
 from .blocks import blocks_of
 from .fields import look, on_meta
+from .whole_numbers import is_count
 
 #: Of the blocks, where they can be read without waiting: (share of them that is True, whether all are, whether none is
 #: left to `within`). A part of the key, the share to the nearest power of 2, so that choices may depend on it.
@@ -64,13 +65,9 @@ class BlockMask(Mask):
         within: Mask | None = None,
         lengths: tuple[int, int] | None = None,
     ) -> None:
-        sizes = tuple(block_size) if isinstance(block_size, Sequence) else (block_size,) * 2
-        if len(sizes) != 2 or any(isinstance(n, (bool, float)) or n < 1 for n in sizes):
-            raise InputError(
-                f"BlockMask: block_size must be an int >= 1, or one of queries and of keys, got {block_size!r}"
-            )
+        sizes = _sizes(block_size)
         _check(blocks, full, within)
-        self._set(blocks, (sizes[0], sizes[1]), full, within, lengths, None)
+        self._set(blocks, sizes, full, within, lengths, None)
 
     def _set(
         self,
@@ -103,10 +100,10 @@ class BlockMask(Mask):
         `device`: where the blocks lie; default that of the mask's tensors, or the CPU. The dense form is never made.
         What a function captures must not change afterwards. Raises what `bind` and the mask's rule raise.
         """
-        bound = mask.bind(seqlen_q, seqlen_kv)
-        sizes = tuple(block_size) if isinstance(block_size, Sequence) else (block_size,) * 2
-        cls(torch.ones(1, 1, dtype=torch.bool), sizes)  # checks them
-        some, every = blocks_of(bound, (sizes[0], sizes[1]), device or bound.device or "cpu")
+        if not isinstance(mask, Mask):
+            raise InputTypeError(f"BlockMask.from_mask: takes a mask, got {type(mask).__name__}")
+        sizes, bound = _sizes(block_size), mask.bind(seqlen_q, seqlen_kv)
+        some, every = blocks_of(bound, sizes, device or bound.device or "cpu")
         return cls(some, sizes, full=every, within=bound, lengths=bound.lengths)
 
     def __repr__(self) -> str:
@@ -300,6 +297,16 @@ class BlockMask(Mask):
         if every and self.full is None:
             return within
         return self if within is self.within else self._with(within=within)
+
+
+def _sizes(block_size: Any) -> tuple[int, int]:
+    """(queries, keys) of a block."""
+    sizes = tuple(block_size) if isinstance(block_size, Sequence) else (block_size,) * 2
+    if len(sizes) != 2 or not all(is_count(size, 1) for size in sizes):
+        raise InputError(
+            f"BlockMask: block_size must be an int >= 1, or one of queries and of keys, got {block_size!r}"
+        )
+    return sizes
 
 
 def _check(blocks: Any, full: Any, within: Any) -> None:

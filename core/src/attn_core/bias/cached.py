@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, InputTypeError
-from ..tracing import is_traced
 from .base import Mask, known
 from .causal import Causal
 from .key_padding import KeyPadding
 from .segments import band_of
+from .whole_numbers import is_readable, shown, whole_numbers
 from .window import Window
 
 
@@ -137,39 +137,6 @@ def made(seqlens_kv: Tensor, within: Causal | Window | None, lengths: tuple[int,
 # What kinds with a length per sequence have in common
 
 
-def whole_numbers(kind: str, name: str, given: Any, rank: int) -> Tensor:
-    """The integer tensor of this rank that was given, or that the nested sequence of ints makes."""
-    values: Tensor
-    if isinstance(given, Tensor):
-        values = given
-    else:
-        if isinstance(given, str) or not _are_ints(given, rank):
-            raise InputTypeError(f"{kind}: {name} must be an integer tensor, or ints in sequences, got {given!r}")
-        rows = [len(row) for row in given] if rank == 2 else []
-        if len(set(rows)) > 1:
-            raise InputError(f"{kind}: {name} must have rows of one length, got {rows}")
-        # The CPU, whatever the default device is: what is there can be checked.
-        made = torch.tensor([list(row) for row in given] if rank == 2 else list(given), device="cpu").long()
-        values = made.reshape(len(rows), rows[0] if rows else 0) if rank == 2 else made
-    if values.is_floating_point() or values.dtype is torch.bool or values.is_complex():
-        raise InputTypeError(f"{kind}: {name} must be an integer tensor, got {values.dtype}")
-    if values.ndim != rank:
-        wanted = "[batch, max_pages]" if rank == 2 else "[batch]"
-        raise InputError(f"{kind}: {name} must be {wanted}, got shape {list(values.shape)}")
-    return values
-
-
-def _are_ints(values: Any, rank: int) -> bool:
-    if rank == 0:
-        return isinstance(values, (int, torch.SymInt)) and not isinstance(values, bool)
-    return isinstance(values, Sequence) and all(_are_ints(value, rank - 1) for value in values)
-
-
-def is_readable(tensor: Tensor) -> bool:
-    """Whether its values can be looked at now: those on a device must be waited for, and a traced tensor has none."""
-    return type(tensor) is Tensor and tensor.device.type == "cpu" and not is_traced()
-
-
 def check_seqlens(kind: str, seqlens_kv: Tensor, seqlen_kv: int) -> None:
     if not is_readable(seqlens_kv):
         return
@@ -195,11 +162,6 @@ def check_within(kind: str, within: Any) -> None:
 
 def told_within(within: Causal | Window | None) -> str:
     return "" if within is None else f", within={within!r}"
-
-
-def shown(values: Tensor) -> str:
-    """Values for people, where they can be had at once and are few."""
-    return str(values.tolist()) if is_readable(values) and values.numel() <= 64 else f"<{values.device}>"
 
 
 def facts_of(within: Causal | Window | None) -> tuple[Any, ...] | None:

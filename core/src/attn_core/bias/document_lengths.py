@@ -17,7 +17,7 @@ from .diagonal import check_corner_is_decided
 from .documents import WHOLE, Band, pack
 
 
-def whole_numbers(name: str, values: Any) -> tuple[int, ...]:
+def plain_ints(name: str, values: Any) -> tuple[int, ...]:
     """The ints that a caller gave; numbers that are symbolic become constants of the graph."""
     if isinstance(values, (Tensor, str)) or not isinstance(values, Sequence):
         hint = "; Segments.from_offsets takes tensors of offsets" if isinstance(values, Tensor) else ""
@@ -42,8 +42,10 @@ def lengths_between(name: str, offsets: Any) -> list[int]:
                 f"Segments: {name} must be integers, [documents + 1], got {offsets.dtype} of shape"
                 f" {list(offsets.shape)}"
             )
+        if offsets.is_meta:
+            raise InputTypeError(f"Segments: {name} must be a tensor that holds values, got one on the meta device")
         offsets = offsets.tolist()
-    values = whole_numbers(name, offsets)
+    values = plain_ints(name, offsets)
     if not values or values[0] != 0:
         raise InputError(f"Segments: {name}[0] must be 0, where the first document begins, got {list(values[:1])}")
     for n, (start, end) in enumerate(itertools.pairwise(values)):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .whole_numbers import is_count
 
 if TYPE_CHECKING:
     from .base import AttnBias
@@ -36,8 +37,8 @@ def cells(bias: AttnBias, batch_entry: int = 0, head: int = 0, rows: int = ROWS,
     seqlen_q, seqlen_kv = bias.bound_lengths()
     place = []
     for name, number, has in zip(("batch entry", "head"), (batch_entry, head), bias.batch_and_heads):
-        if number < 0 or (number >= has and has != 1):
-            raise InputError(f"draw: {bias!r} has {name} 0 to {has - 1}, got {number}")
+        if not is_count(number) or (number >= has and has != 1):
+            raise InputError(f"draw: {bias!r} has {name} 0 to {has - 1}, got {number!r}")
         place.append(number if has != 1 else 0)  # one is the same for all
     if any(tensor.is_meta for tensor in bias.held().values()):
         raise InputError(f"draw: the tensors of {bias!r} have no data")

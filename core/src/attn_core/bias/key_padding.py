@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError, InputTypeError
-from ..tracing import is_traced
 from .base import Mask, Rule
+from .whole_numbers import is_readable, whole_numbers
 
 
+@dataclass(frozen=True, repr=False, eq=False, init=False)
 class KeyPadding(Mask):
     """Key k of batch entry b exists where `k < seqlens[b]`; what lies behind may be anything, NaN too.
 
@@ -25,41 +27,26 @@ class KeyPadding(Mask):
         █████   batch entry 1
         █████
 
-    Raises InputError for another rank, a negative length, or, when bound, one above seqlen_kv (checked where that
-    needs no wait for a device); InputTypeError for anything but integers.
+    Raises InputTypeError for anything but integers, InputError for another rank, or, when bound, for a length outside
+    [0, seqlen_kv] (checked where that needs no wait for a device).
     """
 
     seqlens: Tensor
+    lengths: tuple[int, int] | None = None
 
     def __init__(self, seqlens: Tensor | Sequence[int], lengths: tuple[int, int] | None = None) -> None:
-        if not isinstance(seqlens, Tensor):
-            seqlens = list(seqlens)
-            if not all(type(n) is int for n in seqlens):
-                raise InputTypeError(f"KeyPadding: seqlens must be integers, got {seqlens!r}")
-            seqlens = torch.tensor(seqlens, dtype=torch.int64, device="cpu")  # whatever the default device is
-        if seqlens.is_floating_point() or seqlens.dtype is torch.bool or seqlens.is_complex():
+        if isinstance(seqlens, Tensor) and seqlens.dtype is torch.bool:
             raise InputTypeError(
-                f"KeyPadding: seqlens counts keys, so it must be an integer tensor, got {seqlens.dtype}"
+                "KeyPadding: seqlens counts keys, so it must be an integer tensor, got torch.bool"
                 " (a boolean [batch, seqlen_kv] mask goes in as TensorBias(mask[:, None, None, :]))"
             )
-        if seqlens.ndim != 1:
-            raise InputError(f"KeyPadding: seqlens must be [batch], got shape {list(seqlens.shape)}")
-        object.__setattr__(self, "seqlens", seqlens)
+        object.__setattr__(self, "seqlens", whole_numbers("KeyPadding", "seqlens", seqlens, 1))
         object.__setattr__(self, "lengths", lengths)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"{type(self).__name__} is frozen; make a new one")
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.seqlens, self.lengths)
 
     def __repr__(self) -> str:
         shown = self.seqlens.tolist() if self.seqlens.device.type == "cpu" else f"<{self.seqlens.device}>"
         text = f"KeyPadding({shown})"
         return text if self.lengths is None else f"{text}.bind{self.lengths}"
-
-    def held(self) -> dict[str, Tensor]:
-        return {"seqlens": self.seqlens}
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -70,18 +57,13 @@ class KeyPadding(Mask):
         return self.seqlens.shape[0], 1
 
     @property
-    def holds_data(self) -> bool:
-        return True
-
-    @property
     def device(self) -> torch.device | None:
         """None: the lengths are few, and go where they are needed."""
         return None
 
     def bind(self, seqlen_q: int, seqlen_kv: int) -> KeyPadding:
         self._check_rebind(seqlen_q, seqlen_kv)
-        # Reading values on a CUDA device would wait for it, and a traced tensor has none.
-        if type(self.seqlens) is Tensor and self.seqlens.device.type == "cpu" and not is_traced():
+        if is_readable(self.seqlens):
             for length in self.seqlens.tolist():
                 if not 0 <= length <= seqlen_kv:
                     raise InputError(
@@ -101,9 +83,6 @@ class KeyPadding(Mask):
     @classmethod
     def from_facts(cls, facts: tuple[Any, ...], batch: int, num_heads: int, lengths: tuple[int, int]) -> KeyPadding:
         return cls(torch.empty(batch, dtype=facts[0], device="meta"), lengths)
-
-    def with_held(self, tensors: dict[str, Tensor]) -> KeyPadding:
-        return KeyPadding(tensors.get("seqlens", self.seqlens), self.lengths)
 
     def keep(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return k < self.seqlens.to(k.device)[b]

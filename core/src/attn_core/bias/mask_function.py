@@ -22,6 +22,7 @@ from .user_function import (
     from_picklable,
     name_of,
 )
+from .whole_numbers import is_count
 
 PARAMETERS = ("b", "h", "q_idx", "kv_idx")
 
@@ -58,10 +59,10 @@ class MaskMod(Mask):
     lengths: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tensors", tuple(self.tensors))
-        check_function("MaskMod", self.function, PARAMETERS, self.tensors)
+        tensors = check_function("MaskMod", self.function, PARAMETERS, self.tensors)
+        object.__setattr__(self, "tensors", tensors)
         for name, size in (("batch", self.batch), ("num_heads", self.num_heads)):
-            if size is not None and (isinstance(size, (bool, float)) or size < 1):
+            if size is not None and not is_count(size, 1):
                 raise InputError(f"MaskMod: {name} must be an int >= 1, or None where it is ignored, got {size!r}")
 
     def __repr__(self) -> str:

@@ -13,10 +13,10 @@ from torch import Tensor
 from ..errors import InputError
 from .base import Mask, TileKind
 from .causal import Causal
+from .whole_numbers import is_count
 from .window import Window
 
 MAX_RANK = 3
-INTEGERS = (int, torch.SymInt)  # the latter where a graph is traced
 
 #: (extent, kernel_size, stride, dilation, is_causal) of one axis.
 Axis = tuple[int, int, int, int, bool]
@@ -209,7 +209,7 @@ def _check(number: int, extent: Any, kernel: Any, stride: Any, dilation: Any, ca
 
     named = (("extents", extent), ("kernel_size", kernel), ("stride", stride), ("dilation", dilation))
     for name, value in named:
-        if isinstance(value, bool) or not isinstance(value, INTEGERS) or value < 1:
+        if not is_count(value, 1):
             refuse(f"{name} must be an int >= 1, got {value!r}")
     if not isinstance(causal, bool):
         refuse(f"is_causal must be True or False, got {causal!r}")

@@ -13,20 +13,10 @@ from torch.nn.functional import pad
 
 from ..errors import InputError, InputTypeError
 from .base import AttnBias, Mask
-from .cached import (
-    Cached,
-    check_seqlens,
-    check_within,
-    facts_of,
-    is_readable,
-    shown,
-    simplest,
-    told_within,
-    whole_numbers,
-    within_of,
-)
+from .cached import Cached, check_seqlens, check_within, facts_of, simplest, told_within, within_of
 from .cached import made as cached
 from .causal import Causal
+from .whole_numbers import is_int, is_readable, shown, whole_numbers
 from .window import Window
 
 
@@ -77,7 +67,7 @@ class Paged(Mask):
         seqlens = whole_numbers("Paged", "seqlens_kv", seqlens_kv, 1)
         if table.shape[0] != seqlens.shape[0]:
             raise InputError(f"Paged: page_table has batch={table.shape[0]}, seqlens_kv has batch={seqlens.shape[0]}")
-        if not isinstance(page_size, (int, torch.SymInt)) or isinstance(page_size, bool):
+        if not is_int(page_size):
             raise InputTypeError(f"Paged: page_size must be an int, got {page_size!r}")
         if page_size < 1:
             raise InputError(f"Paged: page_size must be at least 1, got {page_size}")

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, InputTypeError
-from .neighborhood import INTEGERS, MAX_RANK
+from .neighborhood import MAX_RANK
 from .score import Score
+from .whole_numbers import is_count
 
 
 @dataclass(frozen=True, repr=False, eq=False, init=False)
@@ -47,9 +48,7 @@ class RelPosTable(Score):
     ) -> None:
         sizes = tuple(extents) if isinstance(extents, (tuple, list)) else (extents,)
         dilations = tuple(dilation) if isinstance(dilation, (tuple, list)) else (dilation,) * len(sizes)
-        if not isinstance(table, Tensor) or not table.is_floating_point():
-            got = table.dtype if isinstance(table, Tensor) else type(table).__name__
-            raise InputTypeError(f"RelPosTable: table must be a floating tensor, got {got}")
+        _check_floating("RelPosTable", table)
         if not 1 <= len(sizes) <= MAX_RANK:
             raise InputError(f"RelPosTable: extents must have 1 to {MAX_RANK} axes, got {extents!r}")
         if table.ndim != 1 + len(sizes) or len(dilations) != len(sizes):
@@ -60,7 +59,7 @@ class RelPosTable(Score):
             )
         for axis, (extent, step, size) in enumerate(zip(sizes, dilations, table.shape[1:])):
             for name, number in (("extents", extent), ("dilation", step)):
-                if isinstance(number, bool) or not isinstance(number, INTEGERS) or number < 1:
+                if not is_count(number, 1):
                     raise InputError(f"RelPosTable: {name} must be an int >= 1, got {number!r} on axis {axis}")
             if size % 2 != 1:
                 raise InputError(
@@ -76,9 +75,12 @@ class RelPosTable(Score):
     def from_swin(cls, table: Tensor, window: tuple[int, int]) -> RelPosTable:
         """From Swin's `relative_position_bias_table`, `[(2 * height - 1) * (2 * width - 1), num_heads]`.
 
-        Its entries are for the query's place less the key's, so both axes are turned around. Raises InputError for
-        another number of entries.
+        Its entries are for the query's place less the key's, so both axes are turned around. Raises InputTypeError for
+        a table that is not floating, InputError for a window that is no pair, or another number of entries.
         """
+        if not isinstance(window, (tuple, list)) or len(window) != 2 or not all(is_count(n, 1) for n in window):
+            raise InputError(f"RelPosTable.from_swin: window must be (height, width), ints >= 1, got {window!r}")
+        _check_floating("RelPosTable.from_swin", table)
         height, width = window
         if table.ndim != 2 or table.shape[0] != (2 * height - 1) * (2 * width - 1):
             raise InputError(
@@ -123,3 +125,9 @@ class RelPosTable(Score):
             q, k = q // extent, k // extent
         assert reached is not None  # there is an axis
         return torch.where(reached, self.table[tuple(entry)].to(dtype), 0.0)
+
+
+def _check_floating(who: str, table: object) -> None:
+    if not isinstance(table, Tensor) or not table.is_floating_point():
+        got = table.dtype if isinstance(table, Tensor) else type(table).__name__
+        raise InputTypeError(f"{who}: table must be a floating tensor, got {got}")

@@ -54,8 +54,7 @@ class ScoreMod(Kind):
     captured: tuple[Tensor, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
-        tensors = tuple(self.tensors)
-        check_function("ScoreMod", self.function, PARAMETERS, tensors)
+        tensors = check_function("ScoreMod", self.function, PARAMETERS, self.tensors)
         captured = () if _is_tracing() else captured_tensors(self.function)
         self._set(self.function, tensors, captured, self.lengths)
 

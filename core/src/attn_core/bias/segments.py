@@ -15,7 +15,7 @@ from ..errors import InputError, InputTypeError
 from ..tracing import constant
 from .base import Mask, Rule, TileKind, _is_tracing, known
 from .causal import Causal
-from .document_lengths import lengths_between, packed_documents, whole_numbers
+from .document_lengths import lengths_between, packed_documents, plain_ints
 from .documents import WHOLE, Band, common_band, key_ranges, numbers, rows_of, unpack, without_empty
 from .window import Window
 
@@ -60,9 +60,9 @@ class Segments(Mask):
         starts_kv: Sequence[int] | None = None,
         lengths: tuple[int, int] | None = None,
     ) -> None:
-        queries = whole_numbers("seqlens_q", seqlens_q)
-        keys = queries if seqlens_kv is None else whole_numbers("seqlens_kv", seqlens_kv)
-        starts = None if starts_kv is None else whole_numbers("starts_kv", starts_kv)
+        queries = plain_ints("seqlens_q", seqlens_q)
+        keys = queries if seqlens_kv is None else plain_ints("seqlens_kv", seqlens_kv)
+        starts = None if starts_kv is None else plain_ints("starts_kv", starts_kv)
         if within is not None and not isinstance(within, (Causal, Window)):
             raise InputTypeError(f"Segments: within takes Causal, Window or None, got {type(within).__name__}")
         if within is not None and within.lengths is not None:

@@ -10,6 +10,7 @@ from enum import IntEnum
 
 from ..errors import InputError
 from .causal import Causal
+from .whole_numbers import is_count
 
 
 class CausalVariant(IntEnum):
@@ -20,24 +21,24 @@ class CausalVariant(IntEnum):
 
 
 def causal_upper_left(seqlen_q: int, seqlen_kv: int, /) -> Causal:
-    """`Causal("top-left")` for these lengths. Raises InputError for a negative one."""
+    """`Causal("top-left")` for these lengths. Raises InputError for what is no length."""
     return CausalBias(CausalVariant.UPPER_LEFT, seqlen_q, seqlen_kv)
 
 
 def causal_lower_right(seqlen_q: int, seqlen_kv: int, /) -> Causal:
     """`Causal("bottom-right")` for these lengths. Where seqlen_q is the larger, the first queries have no key: their
-    output is 0. Raises InputError for a negative length."""
+    output is 0. Raises InputError for what is no length."""
     return CausalBias(CausalVariant.LOWER_RIGHT, seqlen_q, seqlen_kv)
 
 
 def CausalBias(variant: CausalVariant | int, seq_len_q: int, seq_len_kv: int) -> Causal:  # noqa: N802  (torch's name)
-    """The causal mask of a variant, this one or torch's. Raises InputError for another, or a negative length."""
+    """The causal mask of a variant, this one or torch's. Raises InputError for another, or what is no length."""
     try:
         known = CausalVariant(variant)
     except ValueError:
         names = " or ".join(f"CausalVariant.{each.name}" for each in CausalVariant)
         raise InputError(f"variant: must be {names}, got {variant!r}") from None
     for name, length in (("seq_len_q", seq_len_q), ("seq_len_kv", seq_len_kv)):
-        if length < 0:
-            raise InputError(f"{name}: must be at least 0, got {length}")
+        if not is_count(length):
+            raise InputError(f"{name}: must be an int >= 0, got {length!r}")
     return Causal("top-left" if known is CausalVariant.UPPER_LEFT else "bottom-right").bind(seq_len_q, seq_len_kv)

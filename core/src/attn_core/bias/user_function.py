@@ -47,8 +47,10 @@ class Absent:
         )
 
 
-def check_function(kind: str, function: Any, parameters: tuple[str, ...], tensors: tuple[Any, ...]) -> None:
-    """Raises InputTypeError for what cannot be called with these."""
+def check_function(kind: str, function: Any, parameters: tuple[str, ...], tensors: Any) -> tuple[Tensor, ...]:
+    """The tensors, as a tuple. Raises InputTypeError for what is none, or a function that cannot be called with all."""
+    if not isinstance(tensors, (tuple, list)):
+        raise InputTypeError(f"{kind}: tensors must be a tuple of tensors, got {type(tensors).__name__}")
     wanted = f"({', '.join(parameters)}{', *tensors' if tensors else ''})"
     if not callable(function):
         raise InputTypeError(f"{kind}: takes a function {wanted}, got {type(function).__name__}")
@@ -56,15 +58,16 @@ def check_function(kind: str, function: Any, parameters: tuple[str, ...], tensor
         if not isinstance(tensor, Tensor):
             raise InputTypeError(f"{kind}: tensors must be tensors, got {type(tensor).__name__} at index {n}")
     if _is_tracing() or isinstance(function, Absent):
-        return
+        return tuple(tensors)
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # written in C: it has none to look at
-        return
+        return tuple(tensors)
     try:
         signature.bind(*parameters, *tensors)
     except TypeError as error:
         raise InputTypeError(f"{kind}: {name_of(function)}{signature} must take {wanted}: {error}") from None
+    return tuple(tensors)
 
 
 def call(kind: str, function: Function, *arguments: Tensor) -> Any:

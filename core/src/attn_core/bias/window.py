@@ -11,6 +11,7 @@ from ..errors import InputError
 from .base import Mask, TileKind, known
 from .causal import Causal
 from .diagonal import Corner, check_corner, check_corner_is_decided, clipped_pairs, offset
+from .whole_numbers import is_count
 
 
 @dataclass(frozen=True, repr=False, init=False)  # built for every call by many: its own __init__ takes a third less
@@ -126,7 +127,7 @@ class Window(Mask):
 
 
 def _check_limit(name: str, limit: int | None) -> None:
-    if limit is not None and (isinstance(limit, (bool, float, str)) or limit < 0):
+    if limit is not None and not is_count(limit):
         raise InputError(
             f"Window: {name} counts keys beside the diagonal, so it must be an int >= 0,"
             f" or None for no limit; got {limit!r}"
