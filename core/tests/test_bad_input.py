@@ -143,6 +143,9 @@ BAD = {
     "an integer mask": Bad("boolean .* floating .*got torch.int64", InputTypeError, bias=integers(5, 7)),
     "a padding of another batch": Bad("made for batch=3, got batch=2", bias=KeyPadding([1, 2, 3])),
     "a padding longer than the keys": Bad(r"\[0, seqlen_kv=7\], got \[3, 8\]", bias=KeyPadding([3, 8])),
+    "the class of a bias": Bad(
+        r"bias: takes an object, got the class Causal: write Causal\(…\)", InputTypeError, bias=Causal
+    ),
     "a string for a bias": Bad("bias: takes None, AttnBias, torch.Tensor.*got str", InputTypeError, bias="causal"),
     # kernels
     "an unknown kernel": Bad(
@@ -150,6 +153,14 @@ BAD = {
     ),
     "a kernel of an unknown plugin": Bad(
         "no kernel 'nobody/knows'", UnknownKernelError, options={"kernel": "nobody/knows"}
+    ),
+    "a kernel that is no text": Bad(
+        r"kernel: takes the name of a kernel, got \['torch/math'\]", InputTypeError, options={"kernel": ["torch/math"]}
+    ),
+    "a pattern for a kernel": Bad(
+        r"no kernel 'torch/\*'.*A pattern is for prefer: `with prefer\('torch/\*'\):`",
+        UnknownKernelError,
+        options={"kernel": "torch/*"},
     ),
     "a forced kernel that refuses": Bad(
         "(?s)kernel 'torch/flash' refuses this problem:\n.*softcap: takes no softcap, got 2\n.*The problem: batch 2",
@@ -178,6 +189,28 @@ def test_explain_and_plan_raise_what_the_call_would_raise(name, call):
     bad = BAD[name]
     with pytest.raises(bad.error, match=f"(?s){bad.text}"):
         call(bad.query, bad.key, bad.value, bad.bias, **bad.options)
+
+
+#: A graph does not know the numbers in a tensor, nor dynamo how to look at such a bias, and it refuses such tensors.
+NOT_IN_A_GRAPH = ("a padding longer than the keys", "a string for a bias", "a nested tensor", "a sparse tensor")
+
+
+@pytest.mark.parametrize("name", [name for name in BAD if name not in NOT_IN_A_GRAPH])
+def test_a_graph_is_not_traced_for_what_the_call_refuses(name):
+    """Dynamo wraps an error in its own, which holds the text."""
+    bad = BAD[name]
+    torch._dynamo.reset()
+    traced = torch.compile(lambda q, k, v, b: attention(q, k, v, b, **bad.options), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=f"(?s){bad.text}"):
+        traced(bad.query, bad.key, bad.value, bad.bias)
+
+
+@pytest.mark.parametrize("argument", ["query", "key", "value"])
+def test_what_is_no_tensor_is_named_by_the_drop_in_and_by_a_plan(argument):
+    first = dict.fromkeys(("query", "key", "value"), tensor(2, 4, 5, 8))
+    for call in (scaled_dot_product_attention, plan(*first.values()), lambda **x: explain(**x, layout="heads-first")):
+        with pytest.raises(InputTypeError, match=f"{argument}: takes a tensor, got NoneType"):
+            call(**first | {argument: None})
 
 
 def test_errors_are_also_of_the_built_in_types_that_fit():

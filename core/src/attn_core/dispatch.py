@@ -20,7 +20,7 @@ from .bind import bind, under_autocast
 from .bind import heads_of as layout_of
 from .broadcast import broadcasting
 from .by_methods import REASON, by_its_rule, check_options, dispatched, materialized, name_of
-from .door import HEADS_FIRST, HEADS_LAST, examine, foreign, refuse_pages
+from .door import HEADS_FIRST, HEADS_LAST, check_tensors, examine, foreign, refuse_pages
 from .errors import AttnError, InputTypeError
 from .kernel import Bound
 from .problem import Problem
@@ -205,6 +205,7 @@ def decide(scope: Scope, query: Tensor, key: Tensor, value: Tensor, bias: AttnBi
     door, scale, softcap, dropout_p, return_lse, kernel = options
     if door != ATTENTION:
         refuse_pages(bias)
+        check_tensors(query, key, value)
         reason = what_is_foreign(query, key, value)
         if reason is not None:
             return handed_to_torch(scope, door, scale, dropout_p, reason)
@@ -252,6 +253,7 @@ def asked(
     bias = by_its_rule(as_bias(bias), query, "explain")
     if door != ATTENTION:
         refuse_pages(bias)
+        check_tensors(query, key, value)
     if door != ATTENTION and what_is_foreign(query, key, value) is None:
         folding = broadcasting(query, key, value, door == SDPA_GQA)
         if folding is not None:

@@ -49,29 +49,21 @@ def examine(
 
     Operands have four dimensions, the heads at dimension `heads`. Raises InputError or InputTypeError.
     """
-    operands = (("query", query), ("key", key), ("value", value))
-    for name, tensor in operands:
-        if not isinstance(tensor, Tensor):
-            raise InputTypeError(f"{name}: takes a tensor, got {type(tensor).__name__}")
+    check_tensors(query, key, value)
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
         reason = foreign(tensor)
         if reason is not None:
             raise InputTypeError(f"{name}: attention takes plain tensors, got {reason}")
-        if tensor.ndim != 4:
-            shape = (
-                "[batch, seqlen, num_heads, head_dim]"
-                if heads == HEADS_LAST
-                else "[batch, num_heads, seqlen, head_dim]"
-            )
-            raise InputError(f"{name}: must be {shape}, got shape {_shape(tensor)}")
+        check_rank(name, tensor, heads)
         if not tensor.is_floating_point():
             raise InputTypeError(f"{name}: must be floating, got {tensor.dtype}")
     _check_agreement(query, key, value)
     bound = as_bias(bias)
     problem_shape = _check_shapes(query, key, value, bound, heads)
     batch, seqlen_q, seqlen_kv, num_heads, num_kv_heads, head_dim, head_dim_v = problem_shape
-    scale = _check_scale(scale, head_dim)
-    _check_softcap(softcap)
-    _check_dropout(dropout_p)
+    scale = check_scale(scale, head_dim)
+    check_softcap(softcap)
+    check_dropout(dropout_p)
     if bound is not None:
         bound = check_bias(bound, batch, num_heads, seqlen_q, seqlen_kv, query.device)
         if bound is not None and bound.paged is not None:
@@ -104,6 +96,22 @@ def examine(
         strided_head_dim=_strided(query) or _strided(key) or _strided(value),
     )
     return problem, bound
+
+
+def check_tensors(query: object, key: object, value: object) -> None:
+    """Raises InputTypeError for what is no tensor at all."""
+    for name, operand in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(operand, Tensor):
+            raise InputTypeError(f"{name}: takes a tensor, got {type(operand).__name__}")
+
+
+def check_rank(name: str, tensor: Tensor, heads: int) -> None:
+    """Raises InputError for other than four dimensions, the heads at `heads`."""
+    if tensor.ndim != 4:
+        shape = (
+            "[batch, seqlen, num_heads, head_dim]" if heads == HEADS_LAST else "[batch, num_heads, seqlen, head_dim]"
+        )
+        raise InputError(f"{name}: must be {shape}, got shape {_shape(tensor)}")
 
 
 def foreign(tensor: Tensor) -> str | None:
@@ -182,7 +190,7 @@ def refuse_pages(bias: AttnBias | None) -> None:
         )
 
 
-def _check_scale(scale: Any, head_dim: int) -> Any:
+def check_scale(scale: Any, head_dim: int) -> Any:
     if scale is None:
         return float(head_dim**-0.5)  # of the unpadded head_dim
     if isinstance(scale, (torch.SymFloat, torch.SymInt)):
@@ -194,7 +202,7 @@ def _check_scale(scale: Any, head_dim: int) -> Any:
     return float(scale)
 
 
-def _check_softcap(softcap: Any) -> None:
+def check_softcap(softcap: Any) -> None:
     if softcap is None:
         return
     if isinstance(softcap, Tensor) or not isinstance(softcap, (int, float)):
@@ -203,7 +211,7 @@ def _check_softcap(softcap: Any) -> None:
         raise InputError(f"softcap: must be finite and above 0 (None for none), got {softcap}")
 
 
-def _check_dropout(dropout_p: Any) -> None:
+def check_dropout(dropout_p: Any) -> None:
     if isinstance(dropout_p, Tensor) or not isinstance(dropout_p, (int, float)):
         raise InputTypeError(f"dropout_p: takes a number, got {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p < 1.0:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .bias import AttnBias, as_bias
 from .dispatch import counting, decide, explain_failure
+from .door import check_tensors
 from .errors import InputTypeError, PlanError
 from .explain import Explanation, door_of, weighed
 from .kernel import Bound
@@ -117,11 +118,13 @@ class Plan:
         self.problem: Problem = run.problem  # type: ignore[attr-defined]
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, bias: AttnBias | Tensor | None = None) -> Any:
-        """Runs the plan. Raises PlanError for operands other than it was made for."""
+        """Runs the plan. Raises PlanError for operands other than it was made for, InputTypeError for no tensors."""
         # What the guard object does not recognise may fit all the same: it minds whether autocast is on, for one.
         recognised = (self._mode is None or self._mode is _is_grad_enabled()) and self._check(query, key, value)
-        if not recognised and _seen(query, key, value) != self._expected:
-            self._refuse(query, key, value)
+        if not recognised:
+            check_tensors(query, key, value)
+            if _seen(query, key, value) != self._expected:
+                self._refuse(query, key, value)
         bias = self._bias if bias is None else self._given(bias)
         try:
             if _current().watched:
@@ -152,11 +155,16 @@ class Plan:
 
     def _refuse(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         lines = [
-            f"  {name}: made for {want}, got {got}"
+            f"  {name}: made for {_told(want)}, got {_told(got)}"
             for name, want, got in zip(_SEEN, self._expected, _seen(query, key, value))
             if want != got
         ]
         raise PlanError("\n".join(["plan: these operands are not those it was made for; make another plan", *lines]))
+
+
+def _told(seen: object) -> object:
+    """What `_seen` saw, for people."""
+    return list(seen) if isinstance(seen, torch.Size) else seen
 
 
 _SEEN = (
@@ -184,5 +192,5 @@ def _seen(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
         *(tensor.dtype for tensor in operands),
         *(tensor.device for tensor in operands),
         _is_grad_enabled() and any(tensor.requires_grad for tensor in operands),
-        *(tensor.is_contiguous() or tensor.stride() for tensor in operands),
+        *("contiguous" if tensor.is_contiguous() else tensor.stride() for tensor in operands),
     )

@@ -25,6 +25,7 @@ from .errors import (
     CalibrationWarning,
     DeclarationError,
     DuplicateKernelError,
+    InputTypeError,
     PluginWarning,
     UnknownKernelError,
     suggestion,
@@ -127,17 +128,22 @@ class Registry:
     # What there is
 
     def kernels(self, pattern: str = "*") -> tuple[Kernel, ...]:
-        """The kernels whose name matches `pattern`, by name."""
+        """The kernels whose name matches `pattern`, by name. Raises InputTypeError for what is no text."""
         self.load()
+        if not isinstance(pattern, str):
+            raise InputTypeError(f"kernels: takes a pattern of names, got {pattern!r}")
         table = self._kernels
         return tuple(table[name] for name in sorted(table) if fnmatchcase(name, pattern))
 
     def kernel(self, name: str) -> Kernel:
-        """The kernel of that name. Raises UnknownKernelError, with near names."""
+        """The kernel of that name. Raises UnknownKernelError, with near names; InputTypeError for what is no text."""
         self.load()
+        if not isinstance(name, str):
+            raise InputTypeError(f"kernel: takes the name of a kernel, got {name!r}")
         found = self._kernels.get(name)
         if found is None:
-            raise UnknownKernelError(self._unknown(name))
+            pattern = f" A pattern is for prefer: `with prefer({name!r}):`." if any(c in name for c in "*?[") else ""
+            raise UnknownKernelError(self._unknown(name) + pattern)
         return found
 
     def plugins(self) -> tuple[Plugin, ...]:

@@ -31,7 +31,20 @@ from .broadcast import broadcasting
 from .by_methods import REASON, check_options, dispatched, materialized, name_of
 from .cost import seconds
 from .dispatch import ATTENTION, SDPA, SDPA_GQA, as_under_autocast, autocast_of, stock_sdpa, what_is_foreign
-from .door import HEADS_FIRST, HEADS_LAST, check_bias, compute_capability, examine, lengths_of, refuse_pages
+from .door import (
+    HEADS_FIRST,
+    HEADS_LAST,
+    check_bias,
+    check_dropout,
+    check_rank,
+    check_scale,
+    check_softcap,
+    check_tensors,
+    compute_capability,
+    examine,
+    lengths_of,
+    refuse_pages,
+)
 from .errors import InputError, InputTypeError, KernelRefusedError, NoKernelError
 from .kernel import Run
 from .problem import Problem
@@ -46,6 +59,9 @@ STAND_IN_BATCH, STAND_IN_LENGTHS = 2, (512, 768)
 
 #: What is asked beside operands and bias: (scale, softcap, dropout_p, return_lse, kernel).
 Asked = tuple[float | None, float | None, float, bool, str | None]
+
+#: What a number may be while a graph is traced.
+NUMBER = (int, float, torch.SymInt, torch.SymFloat)
 
 #: Sizes that an adaptation may change.
 SIZES = ("num_kv_heads", "head_dim", "head_dim_v")
@@ -74,6 +90,7 @@ def traced(
         if door:
             refuse_pages(bias)
     if type(query) is not Tensor or type(key) is not Tensor or type(value) is not Tensor:
+        check_tensors(query, key, value)
         reason = what_is_foreign(query, key, value)
         if reason is not None and door != ATTENTION:
             check_strict(STOCK, reason, mirror.said.only)
@@ -119,14 +136,22 @@ def _chosen(door: int, query: Tensor, key: Tensor, value: Tensor, bias: AttnBias
 def _run(door: int, query: Tensor, key: Tensor, value: Tensor, bias: AttnBias | None, asked: Asked) -> Any:
     scale, softcap, dropout_p, return_lse, kernel = asked
     heads = HEADS_FIRST if door else HEADS_LAST
-    if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
-        raise InputError("query, key, value: must have four dimensions")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_rank(name, tensor, heads)
+    # Of a symbolic number, a comparison is a guard.
+    if softcap is not None and not (isinstance(softcap, NUMBER) and 0.0 < softcap < float("inf")):
+        check_softcap(softcap)
+    if not (isinstance(dropout_p, NUMBER) and 0.0 <= dropout_p < 1.0):
+        check_dropout(dropout_p)
     batch, seqlen_q, seqlen_kv = lengths_of(query, key, value, bias, heads)
     bound = None
     if bias is not None:
         bound = check_bias(bias, batch, query.shape[heads], seqlen_q, seqlen_kv, query.device)
+    head_dim = operator.index(query.shape[3])
     if scale is None:
-        scale = operator.index(query.shape[3]) ** -0.5
+        scale = head_dim**-0.5 if head_dim else 1.0  # `weigh` refuses a size of 0
+    elif not (isinstance(scale, NUMBER) and scale == scale):  # NaN is not
+        check_scale(scale, head_dim)
     weighed_scale = scale if has_static_value(scale) else _of_its_sign(scale)
     # Facts as constants. Numbers may be symbolic where they are not sizes, too: operator.index, or branching on one,
     # makes a constant of it.
@@ -151,8 +176,8 @@ def _run(door: int, query: Tensor, key: Tensor, value: Tensor, bias: AttnBias | 
         ),
         torch.is_grad_enabled(),
         torch.are_deterministic_algorithms_enabled(),
-        softcap is not None,
-        True if dropout_p else False,  # noqa: SIM210
+        softcap if softcap is None or has_static_value(softcap) else 1.0,
+        dropout_p if has_static_value(dropout_p) else 0.5 if dropout_p else 0.0,
         return_lse,
         None if bound is None else _facts(bound),
     )
@@ -295,8 +320,8 @@ def weigh(
     operands: tuple[tuple[int, int, torch.dtype, torch.device, bool, bool], ...],
     grad: bool,
     deterministic: bool,
-    softcap: bool,
-    dropout: bool,
+    softcap: float | None,
+    dropout_p: float,
     return_lse: bool,
     bias: tuple[Any, ...] | None,
 ) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
@@ -310,10 +335,10 @@ def weigh(
     batch = STAND_IN_BATCH if sizes[0] is None else sizes[0]
     seqlen_q = STAND_IN_LENGTHS[0] if sizes[1] is None else sizes[1]
     seqlen_kv = (seqlen_q if equal_lengths else STAND_IN_LENGTHS[1]) if sizes[2] is None else sizes[2]
-    devices = {operand[3] for operand in operands}
-    if len(devices) > 1:
-        raise InputError(f"query, key, value: must be on one device, got {', '.join(sorted(map(str, devices)))}")
-    device = devices.pop()
+    device = operands[0][3]
+    for name, operand in zip(("key", "value"), operands[1:]):
+        if operand[3] != device:
+            raise InputError(f"{name}: must be on query's device {device}, got {operand[3]}")
     query, key, value = (
         _stand_in((batch, seqlen, *operand), heads)
         for seqlen, operand in zip((seqlen_q, seqlen_kv, seqlen_kv), operands)
@@ -324,8 +349,8 @@ def weigh(
         value,
         None,
         scale,
-        1.0 if softcap else None,
-        0.5 if dropout else 0.0,
+        softcap,
+        dropout_p,
         return_lse,
         heads,
     )

@@ -31,6 +31,10 @@ def constant(function: Function) -> Function:
     return function
 
 
+def _modes_before_dispatch() -> int:
+    return int(torch._ops._len_torch_dispatch_stack_pre_dispatch())  # type: ignore[no-untyped-call]
+
+
 @contextmanager
 def without_modes() -> Iterator[None]:
     """None of the modes of torch that are in force here: for modules that are imported now, and stay.
@@ -38,7 +42,7 @@ def without_modes() -> Iterator[None]:
     What a module makes at its import would else be a fake tensor, or one of inference, or on another device, for good.
     """
     with ExitStack() as left:
-        if torch._C._len_torch_dispatch_stack() or torch._ops._len_torch_dispatch_stack_pre_dispatch():
+        if torch._C._len_torch_dispatch_stack() or _modes_before_dispatch():
             from torch.utils._python_dispatch import _disable_current_modes  # imports much; but so do modes
 
             left.enter_context(_disable_current_modes())

@@ -36,6 +36,8 @@ def as_bias(value: object) -> AttnBias | None:
             return convert(value)
     if isinstance(value, Tensor):
         return TensorBias(value)
+    if isinstance(value, type) and issubclass(value, AttnBias):
+        raise InputTypeError(f"bias: takes an object, got the class {value.__name__}: write {value.__name__}(…)")
     known = ", ".join(["None", "AttnBias", "torch.Tensor", *sorted(_converters)])
     raise InputTypeError(f"bias: takes {known}; got {type(value).__name__}. as_bias.register(...) adds a class")
 
