@@ -138,6 +138,11 @@ ALIBI: dict[str, Asked] = {
 }
 #: What FlashAttention-3 and 4 take: values of another head_dim.
 OTHER_DIMS: dict[str, Asked] = {
+    "head_dim_v 64": Asked(dims=(16, 64)),
+    "head_dim_v 64, causal documents": Asked(Segments([4, 5], within=Causal()), dims=(16, 64)),
+}
+#: And FlashAttention-4 in the forward alone.
+ODD_DIMS: dict[str, Asked] = {
     "head_dim_v 8": Asked(dims=(16, 8)),
     "head_dim_v 32": Asked(dims=(16, 32)),
     "head_dim_v 24, causal documents": Asked(Segments([4, 5], within=Causal()), dims=(16, 24)),

@@ -25,11 +25,25 @@ from attn_flash import library
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest imports tests without their folder on it
 from flash_doubled import BY_NAME, LIBRARIES, doubled, registered
-from problems import ALIBI, ALL, CORNER, FORWARD, GAPS, GRADIENTS_CLOSE, HALF_CLOSE, OTHER_DIMS, Asked, a_table
+from problems import (
+    ALIBI,
+    ALL,
+    CORNER,
+    FORWARD,
+    GAPS,
+    GRADIENTS_CLOSE,
+    HALF_CLOSE,
+    ODD_DIMS,
+    OTHER_DIMS,
+    Asked,
+    a_table,
+)
 
 TRAINED = [("fa2", label, asked) for label, asked in (ALL | ALIBI).items()]
-TRAINED += [(name, label, asked) for name in ("fa3", "fa4") for label, asked in (ALL | OTHER_DIMS).items()]
-IN_FORWARD = [("fa2", label, asked) for label, asked in FORWARD.items()]
+TRAINED += [("fa3", label, asked) for label, asked in (ALL | OTHER_DIMS | ODD_DIMS).items()]
+TRAINED += [("fa4", label, asked) for label, asked in (ALL | OTHER_DIMS).items()]
+IN_FORWARD = [("fa4", label, asked) for label, asked in ODD_DIMS.items()]
+IN_FORWARD += [("fa2", label, asked) for label, asked in FORWARD.items()]
 IN_FORWARD += [(name, label, asked) for name in ("fa3", "fa4") for label, asked in (FORWARD | GAPS).items()]
 
 

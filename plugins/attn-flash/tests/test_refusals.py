@@ -171,6 +171,18 @@ REFUSED = {
         "backward.gqa",
         "where head_dim_v is another than head_dim, got 2 with 64 and 128",
     ),
+    "values that are much longer than keys": (
+        {"fa4": HOPPER},
+        asked(head_dim=96, head_dim_v=200),
+        "head_dim_v",
+        "takes multiples of 8 up to 192, got 200",
+    ),
+    "values of an odd head_dim in the backward": (
+        {"fa4": HOPPER},
+        asked(num_kv_heads=8, head_dim=128, head_dim_v=160, requires_grad=True),
+        "backward.head_dims_v",
+        "takes 64, 128, 192 in the backward, got 160",
+    ),
     "pages of an odd head_dim": (
         {"fa4": HOPPER},
         asked(Paged(TABLE, [100, 128], 64), head_dim=72, head_dim_v=72),
@@ -355,8 +367,10 @@ TAKEN = {
     "the longest head_dim of values": (("fa3",), asked(head_dim_v=256, requires_grad=True)),
     "the longest head_dim of values, for heads of their own": (
         ("fa4",),
-        asked(num_kv_heads=8, head_dim_v=256, requires_grad=True),
+        asked(num_kv_heads=8, head_dim_v=192, requires_grad=True),
     ),
+    "values that are longer than keys, by less": (("fa4",), asked(head_dim_v=192)),
+    "values of an odd head_dim, without gradients": (("fa4",), asked(head_dim=128, head_dim_v=160)),
     "shared keys with values of another head_dim": (("fa3", "fa4"), asked(head_dim_v=128)),
     "shared keys with values of another head_dim in the backward of Blackwell": (
         {"fa4": B200},
