@@ -20,6 +20,8 @@ from attn_core import (
 )
 from attn_core.testing.differences import by_kernel, differences
 from attn_core.testing.problems import build
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 flash_op = torch._scaled_dot_product_flash_attention_for_cpu
 math_op = torch._scaled_dot_product_attention_math
@@ -227,6 +229,34 @@ def test_compiled_flex_refuses_float64_on_the_cpu():
 
 def test_the_reference_takes_every_problem():
     assert all(not kernel("torch/reference").refusals(problem) for problem in asked_one_by_one().values())
+
+
+class Ops(TorchDispatchMode):
+    """Names of the ops that run within it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.names.append(op.overloadpacket.__name__)
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("switch", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], ids=lambda switch: switch.name)
+@pytest.mark.parametrize("name", ["torch/flash", "torch/math"])
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["no grad", "grad"])
+def test_a_kernel_runs_what_it_names_whatever_torchs_own_switch_says(name, switch, requires_grad):
+    x = torch.randn(2, 5, 4, 8, requires_grad=requires_grad)
+    with sdpa_kernel(switch), Ops() as ran:
+        out = attention(x, x, x, Causal(), kernel=name)
+        if requires_grad:
+            out.sum().backward()
+    fused = {op for op in ran.names if "attention" in op}
+    flash = "_scaled_dot_product_flash_attention_for_cpu"
+    ours = {flash, f"{flash}_backward"} if requires_grad else {flash}
+    assert fused == (ours if name == "torch/flash" else set())
+    assert any("softmax" in op for op in ran.names) == (name == "torch/math")
 
 
 # What is accepted is right: the corners where the bare ops are not
