@@ -9,17 +9,24 @@ import pytest
 import torch
 from attn_core import (
     ALiBi,
+    BlockMask,
+    Capabilities,
     Causal,
     InputError,
     Intersection,
+    Kernel,
     KeyPadding,
     Segments,
     Sum,
     TensorBias,
     Window,
     attention,
+    explain,
+    plan,
     record,
     reference_attention,
+    register,
+    scaled_dot_product_attention,
 )
 
 LIMITS = (None, 0, 1, 3)
@@ -184,3 +191,62 @@ def test_a_sum_keeps_its_kind_and_order():
     bias = ALiBi(2) + Causal().bind(4, 4)
     assert type(bias) is Sum
     assert [type(part) for part in bias.parts] == [ALiBi, Causal]
+
+
+# What is simplified reaches the kernel
+
+
+SIMPLIFIED = {
+    "a decoding step": lambda table: TensorBias(table) + Causal("bottom-right"),
+    "a wide window": lambda table: Window(None, None, "top-left") + TensorBias(table),
+    "blocks of which all are seen": lambda table: TensorBias(table) + BlockMask(torch.ones(1, 2).bool(), (1, 4)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool], ids=str)
+@pytest.mark.parametrize("name", ["torch/flash", "torch/math", "torch/tiled", "torch/flex", "torch/reference"])
+@pytest.mark.parametrize("case", SIMPLIFIED)
+def test_a_tensor_beside_a_mask_that_masks_nothing_is_that_tensor_on_every_kernel(case, name, dtype):
+    query, key, value = operands(1, 7)
+    if explain(query, key, value, SIMPLIFIED[case](torch.zeros(1, 7).to(dtype)), kernel=name).chosen is None:
+        pytest.skip(f"{name} takes no such bias")
+    generator = torch.Generator().manual_seed(1)
+    planned = None
+    for _ in range(2):  # the second finds the choice of the first, and brings its own numbers
+        table = torch.randn(1, 7, generator=generator)
+        table = table > 0 if dtype is torch.bool else table
+        bias = SIMPLIFIED[case](table)
+        want = reference_attention(query, key, value, TensorBias(table))[0].float()
+        planned = planned or plan(query, key, value, bias, kernel=name)
+        torch.testing.assert_close(attention(query, key, value, bias, kernel=name), want)
+        torch.testing.assert_close(planned(query, key, value, bias), want)
+
+
+def test_a_tensor_beside_is_causal_and_one_key_is_that_tensor():
+    query, key, value = (x.transpose(1, 2) for x in operands(5, 1))
+    bias = TensorBias(torch.randn(5, 1, generator=torch.Generator().manual_seed(2)))
+    out = scaled_dot_product_attention(query, key, value, bias, is_causal=True)
+    torch.testing.assert_close(out, value.expand(-1, -1, 5, -1))
+
+
+def test_a_function_that_a_kernel_prepares_is_given_the_bias_of_its_problem():
+    """Each call's own, in the simplest form."""
+    given = []
+
+    def run(query, key, value, *, bias=None, scale):
+        raise AssertionError("it is prepared")
+
+    def prepare(problem):
+        assert type(problem.bias) is KeyPadding
+
+        def prepared(query, key, value, bias):
+            given.append(bias)
+            return query
+
+        return prepared
+
+    able = Capabilities(devices={"cpu"}, dtypes={torch.float32}, head_dims={8}, biases={KeyPadding})
+    with register(Kernel(name="toy/prepared", run=run, prepare=prepare, capabilities=able)):
+        for seqlens in ([3, 4], [4, 2]):
+            attention(*operands(1, 4), Causal("bottom-right") & KeyPadding(seqlens), kernel="toy/prepared")
+    assert given == [KeyPadding([3, 4]).bind(1, 4), KeyPadding([4, 2]).bind(1, 4)]

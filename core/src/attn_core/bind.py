@@ -41,11 +41,22 @@ def bind(
         bound = _adapted(run, kernel_heads, steps, problem, bias)
     elif prepare is not None:
         bound = prepare(problem)
+        if bound is not None and bias is not None and bias.holds_data and not isinstance(bias, TensorBias):
+            bound = simplified(bound, bias.bound_lengths())
     if bound is None:
         bound = _direct(run, problem, bias)
     if kernel_heads == heads:
         return bound
     return _swapped_pair(bound) if problem.return_lse else _swapped(bound)
+
+
+def simplified(call: Bound, lengths: tuple[int, int]) -> Bound:
+    """`call`, given what each call's own bias is at these lengths: bound, in the simplest form that means the same."""
+
+    def run(query: Tensor, key: Tensor, value: Tensor, bias: Any) -> Any:
+        return call(query, key, value, _anew(bias, lengths, key))
+
+    return run
 
 
 def heads_of(kernel: Kernel) -> int:
@@ -74,7 +85,7 @@ def _direct(run: Run, problem: Problem, bias: AttnBias | None) -> Bound:
     if not bias.holds_data:
         return lambda query, key, value, _: run(query, key, value, bias=bias, scale=scale, **options)
     lengths = bias.bound_lengths()
-    if isinstance(bias, TensorBias):  # its key has said all that bind would check
+    if isinstance(bias, TensorBias):  # its key has said all that bind would check; the caller has one, too
         return lambda query, key, value, b: run(query, key, value, bias=b.at(lengths), scale=scale, **options)
 
     def run_with(query: Tensor, key: Tensor, value: Tensor, b: AttnBias) -> Any:

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn.parameter import Parameter
 
 from .bias import AttnBias, Causal, TensorBias, as_bias
-from .bind import bind, under_autocast
+from .bind import bind, simplified, under_autocast
 from .bind import heads_of as layout_of
 from .broadcast import broadcasting
 from .by_methods import REASON, by_its_rule, check_options, dispatched, materialized, name_of
@@ -231,6 +231,8 @@ def decide(scope: Scope, query: Tensor, key: Tensor, value: Tensor, bias: AttnBi
     bound_call = bind(
         run_of_kernel, layout_of(candidate.kernel), candidate.steps, problem, bound, heads, candidate.kernel.prepare
     )
+    if isinstance(bound, TensorBias) and not isinstance(bias, TensorBias):  # a sum, say, whose mask masks nothing here
+        bound_call = simplified(bound_call, bound.bound_lengths())
     if cast_to is not None:
         bound_call = under_autocast(bound_call, query.device.type, cast_to)
     if scope.recorders:
