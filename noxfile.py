@@ -41,6 +41,8 @@ NATTEN_OLD, NATTEN = "natten==0.17.5", "natten==0.21.7"
 #: Their Python files run over doubles of their kernels: all that there is of the first, built without CUDA; of the
 #: second, which needs a compiler of 260 MB, what can do without it.
 FLASH, FLASH_4 = "flash-attn==2.8.3", "flash-attn-4==4.0.0b36"
+#: And that compiler, which makes kernels for GPUs that are not there; what of its own imports a CPU's torch lacks.
+CUTLASS, TRITON = ("nvidia-cutlass-dsl==4.8.1", "quack-kernels==0.6.5", "apache-tvm-ffi==0.1.15.post2"), "triton==3.9.0"
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 SOURCES = ("core", "plugins", "tests", "benchmarks", "docs", "gpu", "noxfile.py")
 PLUGINS = combinations.packages(ROOT)
@@ -352,6 +354,21 @@ def flash(session: nox.Session) -> None:
     tests = "plugins/attn-flash/tests"
     everything = [*IN_TWO, tests, f"{tests}/every_check_on_the_double.py"]
     session.run("pytest", *(session.posargs or everything), env=env)
+
+
+@nox.session
+def flash_4(session: nox.Session) -> None:
+    """Run attn-flash with all of FlashAttention-4 and the compiler of its kernels: what it takes, and what compiles.
+
+    No CUDA is needed: its checks are asked of calls without data, its kernels compiled for sm_90 and sm_100. Minutes.
+    """
+    install_torch(session)
+    install(session, "-e", "core[test]", "-e", "plugins/attn-flash[test]")
+    install_or_skip(session, "-c", CONSTRAINTS, FLASH_4, *CUTLASS, TRITON)
+    session.run("python", "-c", "import flash_attn.cute")  # without it, tests would be skipped
+    tests = ("test_real_flash_attn_4.py", "every_call_of_flash_attn_4.py", "every_check_on_the_double.py")
+    everything = [f"plugins/attn-flash/tests/{name}" for name in tests]
+    session.run("pytest", *(session.posargs or [*everything, "-k", "not fa3"]), env=ONE_THREAD)
 
 
 @nox.session

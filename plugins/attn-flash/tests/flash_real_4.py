@@ -1,8 +1,9 @@
 """The real front end of FlashAttention-4 over a double of what launches its kernels.
 
-Its `interface.py` cannot be imported without the compiler of its kernels, 260 MB. So the part of it that does not need
-the compiler is taken out of an installed release and put where `flash_attn.cute` is looked for: the functions that are
-called, and the two that torch's autograd calls, with all that they keep from one pass for the other.
+Its `interface.py` cannot be imported without the compiler of its kernels, 260 MB. Where that is not installed, the part
+that does not need it is taken out of an installed release and put where `flash_attn.cute` is looked for: the functions
+that are called, and the two that torch's autograd calls, with all that they keep from one pass for the other. Where it
+is, the whole is imported, and the two functions that launch kernels are replaced (`flash_compiler_4`).
 
     pip install --no-deps --target FOLDER flash-attn-4==4.0.0b36
     PYTHONPATH=FOLDER pytest …
@@ -46,7 +47,13 @@ def source() -> Path | None:
 
 @contextmanager
 def over_the_double(folder: Path) -> Iterator[None]:
-    """Within it, `flash_attn.cute` is that part of the real one, written into `folder`."""
+    """Within it, `flash_attn.cute` is the real one, or the part of it that needs no compiler, written into `folder`."""
+    import flash_compiler_4  # which imports this module
+
+    if flash_compiler_4.is_there():
+        with flash_compiler_4.over_the_double(folder):
+            yield
+        return
     text = source().read_text(encoding="utf-8")
     lines = text.splitlines()
     nodes = [node for node in ast.parse(text).body if getattr(node, "name", None) in TAKEN]
