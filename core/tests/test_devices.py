@@ -4,6 +4,26 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
+
+import pytest
+import torch
+from attn_core import (
+    ALiBi,
+    Cached,
+    Causal,
+    KeyPadding,
+    Neighborhood,
+    PrefixLM,
+    Segments,
+    TensorBias,
+    Window,
+    attention,
+    explain,
+    mask_mod,
+    score_mod,
+)
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 # A backend of its own in a process of its own: torch has room for one. Data lies on the CPU, beside each tensor.
 TOY_BACKEND = """
@@ -77,3 +97,45 @@ def test_a_private_backend_is_served_by_the_kernels_that_take_any_device():
     lines = done.stdout.splitlines()
     assert lines[:3] == ["torch/math", "torch/math", "torch/reference"]
     assert "  device: takes cpu, got toy" in lines[4]
+
+
+WITHOUT_DATA = {"fake": (FakeTensorMode, "cpu"), "meta": (nullcontext, "meta")}
+#: Made where they are used, as what they hold is without data, too.
+BIASES = {
+    "boolean": lambda device: torch.ones(64, 64, dtype=torch.bool, device=device),
+    "floating": lambda device: TensorBias(torch.zeros(4, 64, 64, device=device, requires_grad=True)),
+    "of another dtype": lambda device: torch.zeros(64, 64, dtype=torch.float64, device=device),
+    "Causal": lambda device: Causal(),
+    "Window": lambda device: Window(5, 0),
+    "KeyPadding": lambda device: KeyPadding(torch.tensor([3, 64])),
+    "Segments": lambda device: Segments([20, 44]) & Causal(),
+    "PrefixLM": lambda device: PrefixLM([7, 9]),
+    "Cached": lambda device: Cached(torch.tensor([3, 64]), within=Window(5, 0, "bottom-right")),
+    "Neighborhood": lambda device: Neighborhood((8, 8), kernel_size=3),
+    "ALiBi": lambda device: ALiBi(4),
+    "ALiBi and Window": lambda device: ALiBi(4) + Window(5, 0),
+    "mask_mod": lambda device: mask_mod(lambda b, h, q, k: q - k < 9),
+    "score_mod": lambda device: score_mod(lambda score, b, h, q, k: score + (q - k)),
+}
+
+
+@pytest.mark.parametrize("name", BIASES)
+@pytest.mark.parametrize("where", WITHOUT_DATA)
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["no grad", "grad"])
+def test_every_kernel_that_takes_tensors_without_data_answers_with_tensors_without_data(name, where, requires_grad):
+    mode, device = WITHOUT_DATA[where]
+    with mode():
+        inputs = [torch.empty(2, 64, n, 8, device=device, requires_grad=requires_grad) for n in (4, 2, 2)]
+        bias = BIASES[name](device)
+        takes = [verdict.kernel for verdict in explain(*inputs, bias) if verdict.seconds is not None]
+        assert "torch/reference" in takes
+        for kernel in (None, *takes):
+            if kernel == "torch/flex":  # FlexAttention looks into what a mask reads
+                continue
+            out = attention(*inputs, bias, kernel=kernel)
+            assert out.shape == inputs[0].shape
+            assert out.device.type == device
+            assert out.is_meta or type(out).__name__ == "FakeTensor"
+            if requires_grad:
+                gradients = torch.autograd.grad(out.sum(), inputs)
+                assert [gradient.shape for gradient in gradients] == [x.shape for x in inputs]

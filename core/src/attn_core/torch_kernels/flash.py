@@ -20,7 +20,7 @@ from ..cost import Cost, Work
 from ..kernel import Bound, Kernel
 from ..problem import Problem
 from . import flash_limits
-from .dense import HALF, MASKED, beside, of_rank_four
+from .dense import HALF, MASKED, additive, beside, of_rank_four
 from .flash_lse import FlashWithLse
 from .measured import MEASURED
 
@@ -84,7 +84,13 @@ def prepare(problem: Problem) -> Bound | None:
 def _from_boolean(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """As `additive` does, with its two numbers made once: making them takes as long as a small call."""
     attended, masked = (torch.full((), value, dtype=dtype, device="cpu") for value in (0.0, MASKED))
-    return lambda mask: torch.where(mask, attended, masked)
+
+    def from_boolean(mask: Tensor) -> Tensor:
+        if type(mask) is Tensor:
+            return torch.where(mask, attended, masked)
+        return additive(TensorBias(mask), dtype)  # fake tensors meet no real ones
+
+    return from_boolean
 
 
 _BY_DTYPE = {dtype: _from_boolean(dtype) for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)}

@@ -34,8 +34,10 @@ def forward(
     chosen: Tiles = OWN,
 ) -> tuple[Tensor, Tensor]:
     """`(out, lse)`; `scale` is above 0, and `held` what the scores hold."""
-    tiles = tiling(mask, query, key.shape[2], False, scores, chosen)
     wide = WIDE.get(query.dtype, query.dtype)
+    if _has_no_data(query):  # a mask may not be cut without numbers, and there is nothing to compute
+        return torch.empty_like(query), torch.empty(query.shape[:3], dtype=wide, device=query.device)
+    tiles = tiling(mask, query, key.shape[2], False, scores, chosen)
     dtype = wide if tiles.joins else query.dtype  # what is joined is rounded once
     lse_shape = query.shape[:3]
     if tiles.covers and not tiles.joins:
@@ -67,6 +69,9 @@ def backward(
     chosen: Tiles = OWN,
 ) -> tuple[Tensor, ...]:
     """Gradients to query, key and value, as `empty_like` makes them, and to what is `wanted` of `held`."""
+    if _has_no_data(query):
+        wanted_of_held = [tensor for tensor, want in zip(held, wanted) if want]
+        return tuple(map(torch.empty_like, (query, key, value, *wanted_of_held)))
     tiles = tiling(mask, query, key.shape[2], True, scores, chosen)
     wide = WIDE.get(query.dtype, query.dtype)
     given = operands = query, key, value
@@ -90,6 +95,11 @@ def backward(
         for made, x in zip(grads[1:], given)
     )
     return query, key, value, *(() if gradients is None else gradients.results())
+
+
+def _has_no_data(tensor: Tensor) -> bool:
+    """Whether it is on the meta device, or a fake tensor of another."""
+    return tensor.is_meta or getattr(tensor, "fake_mode", None) is not None
 
 
 def _readable(tensor: Tensor) -> Tensor:
