@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from attn_core import Causal, Mask, Neighborhood, Segments, Window, attention, explain, record
+from attn_core import Causal, Mask, Neighborhood, PrefixLM, Segments, Window, attention, explain, record
 from attn_core.torch_kernels.tiling import traced
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -19,6 +19,7 @@ MASKS = {
     "window": (Window(4, 4), (70, 40, 100)),
     "causal": (Causal("bottom-right"), (70, 40, 100)),
     "intersection": (Window(4, 3) & Causal(), (70, 40, 100)),
+    "prefix": (PrefixLM(7), (70, 40, 100)),
     **GRIDS,
 }
 
@@ -131,6 +132,7 @@ def test_a_strangers_mask_is_refused_in_a_graph_and_served_by_another_kernel():
             return (q + k) % 2 == 0
 
     assert not traced.can_be_written(Odd().bind(8, 8))
+    assert not traced.can_be_written(PrefixLM([3, 4]).bind(8, 8))
     inputs = operands(8, False)
     assert explain(*inputs, Odd())[NAME].seconds is not None
     torch._dynamo.reset()

@@ -56,7 +56,9 @@ def refuse(problem: Problem) -> Iterator[Refusal]:
         got = ", ".join(type(score).__name__ for score in bias.scores)
         yield Refusal("compiling", f"takes {kinds} in a graph, got {got}")
     elif not traced.can_be_written(bias.mask):
-        yield Refusal("compiling", f"takes {kinds} in a graph, got {type(bias).__name__}")
+        yield Refusal(
+            "compiling", f"takes {kinds}, and no mask that holds a tensor, in a graph, got {type(bias).__name__}"
+        )
 
 
 KERNEL = Kernel(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...bias import Causal, Intersection, Mask, Neighborhood, Segments, Window
+from ...bias import Causal, Intersection, Mask, Neighborhood, PrefixLM, Segments, Window
 from ...bias.zero_padded import ZeroPadded
 from ...tracing import constant
 from . import function
@@ -21,7 +21,7 @@ from .cut import WIDE
 
 #: Kinds that can be written down: those of the core that hold no tensors.
 KINDS: dict[str, type[Mask]] = {
-    kind.__name__: kind for kind in (Causal, Intersection, Neighborhood, Segments, Window, ZeroPadded)
+    kind.__name__: kind for kind in (Causal, Intersection, Neighborhood, PrefixLM, Segments, Window, ZeroPadded)
 }
 
 #: What is written where there is none.
@@ -52,6 +52,8 @@ def can_be_written(mask: Mask | None) -> bool:
     """Whether a mask can be an argument of the op."""
     if mask is None:
         return True
+    if isinstance(mask, PrefixLM) and isinstance(mask.prefix, Tensor):  # one for each batch entry
+        return False
     parts = mask.parts if isinstance(mask, Intersection) else (mask.padded,) if isinstance(mask, ZeroPadded) else ()
     return type(mask) in KINDS.values() and all(map(can_be_written, parts))
 
