@@ -23,7 +23,7 @@ def sessions() -> dict[str, str | None]:
 
 def sessions_named_in(file: str) -> list[str]:
     text = (ROOT / file).read_text(encoding="utf-8")
-    return re.findall(r"\bnox (?:-R )?-s \"?([a-z_]+)", text)
+    return re.findall(r"\bnox (?:-R )?-s \"?([a-z_0-9]+)", text)
 
 
 def test_the_readme_has_the_two_commands_that_do_everything():

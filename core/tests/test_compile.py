@@ -351,3 +351,28 @@ def test_a_call_is_not_traced_because_another_thread_compiles(monkeypatch):
     assert not explain(x, x, x).problem.compiling
     with pytest.raises(InputError, match="lengths must lie in"):
         attention(x, x, x, KeyPadding(torch.tensor([3, 7])))
+
+
+def as_default(q, k, v, softcap=30.0, scale=0.3, dropout_p=0.0):
+    return attention(q, k, v, softcap=softcap, scale=scale, dropout_p=dropout_p)
+
+
+def dropping(q, k, v, dropout_p=0.25):
+    return attention(q, k, v, dropout_p=dropout_p)
+
+
+def test_numbers_that_are_defaults_are_taken_where_sizes_are_dynamic():
+    """Dynamo makes symbols of them, though they never change."""
+    q, k, v = (torch.randn(1, 7, 2, 8) for _ in range(3))
+    traced = torch.compile(
+        lambda q, k, v: as_default(as_default(q, k, v), k, v), fullgraph=True, dynamic=True, backend="eager"
+    )
+    torch.testing.assert_close(traced(q, k, v), as_default(as_default(q, k, v), k, v))
+
+
+def test_so_is_a_probability_of_dropout():
+    q, k, v = (torch.randn(1, 7, 2, 8) for _ in range(3))
+    traced = torch.compile(
+        lambda q, k, v: dropping(dropping(q, k, v), k, v), fullgraph=True, dynamic=True, backend="eager"
+    )
+    assert traced(q, k, v).shape == q.shape

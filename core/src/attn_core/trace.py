@@ -176,8 +176,8 @@ def _run(door: int, query: Tensor, key: Tensor, value: Tensor, bias: AttnBias | 
         ),
         torch.is_grad_enabled(),
         torch.are_deterministic_algorithms_enabled(),
-        softcap if softcap is None or has_static_value(softcap) else 1.0,
-        dropout_p if has_static_value(dropout_p) else 0.5 if dropout_p else 0.0,
+        None if softcap is None else _in_millionths(softcap, 1.0),
+        _in_millionths(dropout_p, 0.5) if dropout_p else 0,
         return_lse,
         None if bound is None else _facts(bound),
     )
@@ -252,6 +252,15 @@ def _constants(facts: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(made)
 
 
+def _in_millionths(number: float, stand_in: float) -> int:
+    """A number above 0 as a constant of the graph, or what a symbolic one is taken for; at least 1.
+
+    One that never changes may be symbolic all the same, as a function's default is where sizes are dynamic. An int made
+    of it is none.
+    """
+    return max(1, operator.index(int(1e6 * (number if has_static_value(number) else stand_in) + 0.5)))
+
+
 def _of_its_sign(scale: float) -> float:
     """What a symbolic scale is taken for where kernels are weighed: some have limits on its sign."""
     return 1.0 if scale > 0 else 0.0 if scale == 0 else -1.0
@@ -320,8 +329,8 @@ def weigh(
     operands: tuple[tuple[int, int, torch.dtype, torch.device, bool, bool], ...],
     grad: bool,
     deterministic: bool,
-    softcap: float | None,
-    dropout_p: float,
+    softcap: int | None,
+    dropout_p: int,
     return_lse: bool,
     bias: tuple[Any, ...] | None,
 ) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
@@ -329,7 +338,8 @@ def weigh(
 
     A row is (name, dimension of the heads, place in the scope's order, coefficients of the estimate, adaptations as
     (index, sizes that they change), whether its own limits are still to be asked). Where no size is symbolic, the
-    choice is made here, and there is one row. Raises what the call would raise.
+    choice is made here, and there is one row. `softcap` and `dropout_p` are in millionths. Raises what the call would
+    raise.
     """
     symbolic = None in sizes
     batch = STAND_IN_BATCH if sizes[0] is None else sizes[0]
@@ -349,8 +359,8 @@ def weigh(
         value,
         None,
         scale,
-        softcap,
-        dropout_p,
+        None if softcap is None else softcap / 1e6,
+        min(dropout_p, 999_999) / 1e6,
         return_lse,
         heads,
     )
