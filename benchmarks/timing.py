@@ -61,6 +61,29 @@ class Finding:
         return "" if self.limit is None else "met" if self.value <= self.limit else "MISSED"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Yardstick:
+    """A thing that others wrote, timed where limits were set and here: by its ratio a limit of time is carried over.
+
+    A bound in microseconds says something of one machine alone, and there only while it is not busy.
+    """
+
+    name: str
+    there: float
+    here: float
+    unit: str
+
+    def limit(self, there: float) -> float:
+        """The limit here that is as strict as `there` was on the machine on which it was set."""
+        return there * self.here / self.there
+
+    def __str__(self) -> str:
+        return (
+            f"limits are {self.here / self.there:.2f} times those of the machine on which they were set: there, "
+            f"{self.name} takes {self.there:g} {self.unit}, here {self.here:.3g}"
+        )
+
+
 def on_one_core() -> None:
     """Keeps this process on one core, and torch on one thread."""
     torch.set_num_threads(1)
@@ -161,7 +184,7 @@ def table(title: str, findings: Sequence[Finding]) -> Table:
             f"{finding.value:.2f}",
             "" if finding.spread is None else f"{finding.spread:.2f}",
             finding.unit,
-            "" if finding.limit is None else f"{finding.limit:g}",
+            "" if finding.limit is None else f"{finding.limit:.4g}",
             finding.verdict,
             finding.note,
             style="red" if finding.verdict == "MISSED" else None,
@@ -169,13 +192,21 @@ def table(title: str, findings: Sequence[Finding]) -> Table:
     return drawn
 
 
-def report(sections: Mapping[str, Sequence[Finding]], json_file: str | None) -> None:
-    """Prints every section, then what missed its limit; writes all of it to `json_file` where one is given."""
+def report(
+    sections: Mapping[str, Sequence[Finding]], json_file: str | None, yardsticks: Mapping[str, Yardstick] | None = None
+) -> None:
+    """Prints every section, under it what its limits were scaled by, then what missed its limit.
+
+    All of it is written to `json_file` where one is given. `yardsticks` go by the headings of their sections.
+    """
+    yardsticks = yardsticks or {}
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 140)
     for title, findings in sections.items():
         console.print(table(title, findings))
+        if title in yardsticks:
+            console.print(f"{yardsticks[title]}\n")
     missed = [f"{title}: {f.name}" for title, findings in sections.items() for f in findings if f.verdict == "MISSED"]
     console.print(f"missed: {'; '.join(missed)}" if missed else "every limit is met")
     if json_file is not None:
@@ -184,5 +215,6 @@ def report(sections: Mapping[str, Sequence[Finding]], json_file: str | None) -> 
             "sections": {
                 title: [asdict(f) | {"verdict": f.verdict} for f in findings] for title, findings in sections.items()
             },
+            "yardsticks": {title: asdict(yardstick) for title, yardstick in yardsticks.items()},
         }
         Path(json_file).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
