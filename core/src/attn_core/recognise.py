@@ -52,10 +52,16 @@ def _guard(tensors: list[Tensor]) -> Recognise | None:
 
 
 def _comparison(tensors: list[Tensor]) -> Recognise:
-    looks = [_look(tensor) for tensor in tensors]
-    return lambda *given: [_look(tensor) for tensor in given] == looks
+    before = _looks(tensors)
+    return lambda *given: _looks(given) == before
 
 
-def _look(tensor: Tensor) -> tuple[Any, ...]:
-    autocast = torch._C._is_any_autocast_enabled()
-    return type(tensor), tensor.dtype, tensor.device, tensor.requires_grad, tensor.shape, tensor.stride(), autocast
+def _looks(tensors: Sequence[Tensor]) -> list[object]:
+    # Every state in which torch would send the same call elsewhere adds keys to one of these sets, or takes some away.
+    state = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    return [*(keys.raw_repr() for keys in state), *map(_look, tensors)]
+
+
+def _look(tensor: Tensor) -> tuple[object, ...]:
+    keys = torch._C._dispatch_keys(tensor).raw_repr()  # conjugate and negative bits, functorch's wrappers
+    return type(tensor), tensor.dtype, tensor.device, tensor.requires_grad, tensor.shape, tensor.stride(), keys
