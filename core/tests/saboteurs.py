@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,7 +28,9 @@ from attn_core import (
     Window,
     refresh,
 )
+from attn_core.conformance import CheckResult, check_kernel, contract
 from attn_core.testing import fake_distribution, importable
+from streams_doubled import doubled_streams
 from torch import Tensor
 
 MASKED = float("-inf")
@@ -38,7 +40,7 @@ TILE = 16
 def attend(query, key, value, *, bias=None, scale, softcap=None, dropout_p=0.0, return_lse=False, wrong=""):
     """Attention written out, heads-last, each line right unless `wrong` names it."""
     if wrong == "stream ignored":
-        with torch.cuda.stream(torch.cuda.default_stream()):
+        with _in_the_default_stream(query.device.type):
             return attend(query, key, value, bias=bias, scale=scale, softcap=softcap, return_lse=return_lse)
     dtype, head_dim = query.dtype, query.shape[-1]
     seqlen_kv = key.shape[1]
@@ -89,6 +91,8 @@ def attend(query, key, value, *, bias=None, scale, softcap=None, dropout_p=0.0, 
     if wrong == "gradient to value missing" or (wrong == "gradient lost in graphs" and torch.compiler.is_compiling()):
         v = v.detach()
     out = (weights @ v).transpose(1, 2)
+    if wrong == "stream ignored by the backward":
+        out = _BackwardElsewhere.apply(out)
     out = out if wrong == "dtype quietly raised" else out.to(dtype)
     if wrong == "operand overwritten":
         with torch.no_grad():
@@ -101,6 +105,24 @@ def attend(query, key, value, *, bias=None, scale, softcap=None, dropout_p=0.0, 
         lse = lse / math.log(2)
     of_empty = {"LSE 0 of a row without keys": 0.0, "LSE +inf of a row without keys": math.inf}.get(wrong, MASKED)
     return out, torch.where(empty.squeeze(-1), of_empty, lse)
+
+
+def _in_the_default_stream(device: str) -> AbstractContextManager[object]:
+    streams = contract.streams_of(device)
+    return streams.stream(streams.default_stream()) if streams is not None else nullcontext()
+
+
+class _BackwardElsewhere(torch.autograd.Function):
+    """Hands its operand on; and the gradient back, by work in the default stream."""
+
+    @staticmethod
+    def forward(ctx: object, out: Tensor) -> Tensor:
+        return out.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad_out: Tensor) -> Tensor:
+        with _in_the_default_stream(grad_out.device.type):
+            return grad_out.clone()
 
 
 def _in_a_row(key: Tensor, value: Tensor, bias: Paged, wrong: str) -> tuple[Tensor, Tensor, object]:
@@ -195,11 +217,13 @@ class Saboteur:
     kernel: Kernel
     caught_by: str
     device: str = "cpu"
+    #: In which it is checked: what the machine lacks is doubled there.
+    within: Callable[[], AbstractContextManager[object]] = nullcontext
 
-    @property
-    def out_of_reach(self) -> str:
-        """Why it cannot be caught on this machine; empty where it can."""
-        return "there is no CUDA device" if self.device == "cuda" and not torch.cuda.is_available() else ""
+    def finds(self, check: str) -> list[CheckResult]:
+        """What that check says of it, up to its first failure."""
+        with self.within():
+            return check_kernel(self.kernel, device=self.device, only=check, stop_at_failure=True)
 
 
 def _wrong(name: str, **claims: object) -> Kernel:
@@ -249,11 +273,16 @@ SABOTEURS |= {
         "within asked in full blocks": "agrees",
     }.items()
 }
+#: Where there is no CUDA device, with a double of its streams.
+_STREAMS = ("cuda", nullcontext) if torch.cuda.is_available() else ("cpu", doubled_streams)
+SABOTEURS |= {
+    name: Saboteur(_wrong(name, devices={_STREAMS[0]}), "runs_in_the_current_stream", *_STREAMS)
+    for name in ("stream ignored", "stream ignored by the backward")
+}
 SABOTEURS |= {
     "batch entries coupled": Saboteur(
         _wrong("batch entries coupled", batch_invariant=True), "entries_do_not_depend_on_each_other"
     ),
-    "stream ignored": Saboteur(_wrong("stream ignored", devices={"cuda"}), "runs_in_the_current_stream", "cuda"),
     "graph broken": Saboteur(_wrong("graph broken", compile=True), "can_be_traced"),
     "gradient lost in graphs": Saboteur(_wrong("gradient lost in graphs", compile=True), "can_be_traced"),
     "refuses what it claims": Saboteur(

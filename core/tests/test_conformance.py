@@ -35,6 +35,7 @@ def load(name):
     return module
 
 
+streams_doubled = load("streams_doubled")
 saboteurs = load("saboteurs")
 
 
@@ -85,12 +86,36 @@ def test_a_right_kernel_that_reads_pages_prefixes_and_blocks_passes_every_check(
     }
 
 
+def test_a_right_kernel_runs_in_the_current_stream_of_a_double():
+    with streams_doubled.doubled_streams():
+        [result] = check_kernel(saboteurs.GOOD, only="runs_in_the_current_stream")
+    assert result.status == "passed", result
+    [result] = check_kernel(saboteurs.GOOD, only="runs_in_the_current_stream")
+    assert (result.status, result.reason) == ("skipped", "cpu has no streams")
+
+
+def test_the_double_of_streams_keeps_what_is_queued_in_one_that_sleeps_until_it_is_waited_for():
+    with streams_doubled.doubled_streams() as streams:
+        early, late = torch.zeros(3), torch.zeros(3)
+        with streams.stream(streams.Stream()):
+            streams._sleep(1)
+            late.add_(torch.ones(3))
+            doubled = 2 * late.view(3)
+            with streams.stream(streams.default_stream()):
+                early.copy_(late)
+        assert early.tolist() == [0.0] * 3, "read before it was written"
+        assert late.tolist() == [0.0] * 3
+        streams.synchronize()
+        assert (late.tolist(), doubled.tolist()) == ([1.0] * 3, [2.0] * 3)
+        with streams.stream(streams.Stream()):
+            streams._sleep(1)
+            assert late.add_(1.0).sum().item() == 6.0, "who asks for a number waits for it"
+
+
 @pytest.mark.parametrize("name", saboteurs.SABOTEURS)
 def test_a_saboteur_is_caught_by_the_check_for_it(name):
     saboteur = saboteurs.SABOTEURS[name]
-    if saboteur.out_of_reach:
-        pytest.skip(saboteur.out_of_reach)
-    results = check_kernel(saboteur.kernel, device=saboteur.device, only=saboteur.caught_by, stop_at_failure=True)
+    results = saboteur.finds(saboteur.caught_by)
     assert not all(results), f"{saboteur.caught_by} finds nothing wrong where {name}"
     assert all(result.reason for result in results if result.status != "passed")
 

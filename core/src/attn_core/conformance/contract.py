@@ -16,6 +16,8 @@ from .results import CheckFailed, NotTestable
 from .subject import SEED, Subject, deterministic
 
 NAN = float("nan")
+#: Cycles for which a stream is kept busy, some 30 ms: in that time work of another stream overtakes it.
+SLEEP = 50_000_000
 
 
 def _operands(inputs: Inputs) -> dict[str, Tensor]:
@@ -208,23 +210,54 @@ def a_query_without_keys_gets_zeros(subject: Subject, case: Case) -> None:
             raise CheckFailed(f"{name} is not finite where a query sees no key")
 
 
-@check("contract", once)
+def _trained_once(subject: Subject) -> list[Case]:
+    """The plain problem, with a backward where the kernel takes it so."""
+    trained = replace(subject.base, requires_grad=True)
+    return [Case(label="", problem=trained if subject.takes(trained) else subject.base)]
+
+
+def streams_of(device: str) -> Any:
+    """What has `Stream`, `stream`, `synchronize` and `_sleep` for a type of device; None where it has no streams."""
+    return torch.cuda if device == "cuda" else None
+
+
+@check("contract", _trained_once)
 def runs_in_the_current_stream(subject: Subject, case: Case) -> None:
     """On CUDA, its work is queued in the caller's stream, forward and backward."""
-    if subject.device != "cuda":
+    streams = streams_of(subject.device)
+    if streams is None:
         raise NotTestable(f"{subject.device} has no streams")
     inputs = case.inputs(SEED)
-    wanted = subject.out(inputs)
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        late = torch.zeros_like(inputs.query)
-        torch.cuda._sleep(50_000_000)  # type: ignore[no-untyped-call]  # some 30 ms, in which work of another stream would overtake
-        late.copy_(inputs.query)
-        got = subject.out(replace(inputs, query=late))
-    torch.cuda.synchronize()
-    if not torch.allclose(got.double(), wanted.double(), rtol=1e-2, atol=1e-2):
-        raise CheckFailed("in another stream it reads its operands before they are written")
+    wanted = results_of(subject.call, case.problem, inputs)
+    late = {name: torch.zeros_like(getattr(inputs, name)) for name in ("query", "grad_out")}
+    stream = streams.Stream()
+
+    def written_late(name: str) -> Tensor:
+        """The operand, in memory that holds zeros until the stream has slept; work of another stream overtakes that."""
+        streams._sleep(SLEEP)
+        with torch.no_grad():
+            return late[name].copy_(getattr(inputs, name))
+
+    streams.synchronize()
+    with streams.stream(stream):
+        query = written_late("query").requires_grad_(case.problem.requires_grad)
+        result = subject.run(replace(inputs, query=query))
+        out = result[0] if isinstance(result, tuple) else result
+    streams.synchronize()  # the backward is judged by itself: its own operand is late, no other
+    _must_agree("out", out, wanted["out"], "in another stream it reads its operands before they are written")
+    if not case.problem.requires_grad:
+        return
+    operands = query, inputs.key, inputs.value
+    with streams.stream(stream):
+        gradients = torch.autograd.grad(out, operands, written_late("grad_out").to(out.dtype))
+    streams.synchronize()
+    for name, got in zip(("dq", "dk", "dv"), gradients):
+        _must_agree(name, got, wanted[name], "in another stream its backward reads the gradient before it is written")
+
+
+def _must_agree(name: str, got: Tensor, want: Tensor, otherwise: str) -> None:
+    if not torch.allclose(got.double(), want.double(), rtol=1e-2, atol=1e-2):
+        raise CheckFailed(f"{name}: {otherwise}")
 
 
 @check("contract", once, ("forward_ad",))
