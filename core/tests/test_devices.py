@@ -130,8 +130,6 @@ def test_every_kernel_that_takes_tensors_without_data_answers_with_tensors_witho
         takes = [verdict.kernel for verdict in explain(*inputs, bias) if verdict.seconds is not None]
         assert "torch/reference" in takes
         for kernel in (None, *takes):
-            if kernel == "torch/flex":  # FlexAttention looks into what a mask reads
-                continue
             out = attention(*inputs, bias, kernel=kernel)
             assert out.shape == inputs[0].shape
             assert out.device.type == device
@@ -139,3 +137,19 @@ def test_every_kernel_that_takes_tensors_without_data_answers_with_tensors_witho
             if requires_grad:
                 gradients = torch.autograd.grad(out.sum(), inputs)
                 assert [gradient.shape for gradient in gradients] == [x.shape for x in inputs]
+
+
+@pytest.mark.parametrize("bias", [Window(5, 0), Neighborhood(61, kernel_size=3)], ids=["window", "neighborhood"])
+def test_what_torch_flex_makes_of_a_mask_among_fake_tensors_is_not_kept_for_real_ones(bias):
+    def asked():
+        inputs = [torch.ones(2, 61, 4, 8) for _ in range(3)]
+        return attention(*inputs, bias, kernel="torch/flex", return_lse=True)
+
+    with FakeTensorMode():
+        out, lse = asked()
+        assert out.shape == (2, 61, 4, 8)
+        assert lse.shape == (2, 4, 61)
+    out, lse = asked()
+    keys = bias.bind(61, 61).materialize().sum(-1)
+    torch.testing.assert_close(out, torch.ones(2, 61, 4, 8))
+    torch.testing.assert_close(lse, (8**0.5 + keys.float().log()).expand(2, 4, 61))

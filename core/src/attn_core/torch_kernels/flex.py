@@ -18,9 +18,9 @@ from ..capabilities import ANY_DIM, Backward, Capabilities, Refusal
 from ..cost import Cost, Work
 from ..kernel import Kernel
 from ..problem import Problem
-from ..tracing import is_traced
+from ..tracing import is_traced, without_modes
 from . import by_rule
-from .flex_forms import block_mask_of, score_mod_of
+from .flex_forms import block_mask_of, numbers_are_unknown, score_mod_of
 from .measured import MEASURED
 
 
@@ -44,8 +44,8 @@ def run(
     block_mask = None
     mask = None if bias is None else bias.mask
     if mask is not None:
-        fresh = tracing or mask.holds_data
-        block_mask = block_mask_of(mask, query.device) if fresh else _cached_block_mask(mask, query.device)
+        fresh = mask.holds_data or numbers_are_unknown()
+        block_mask = block_mask_of(mask, query.device) if fresh else _kept(mask, query.device)
     result = flex(
         query,
         key,
@@ -90,7 +90,10 @@ def _read_by_lookup(part: AttnBias) -> bool:
     return isinstance(part, Segments) or (isinstance(part, Mask) and bool(part.held()))
 
 
-_cached_block_mask = functools.lru_cache(maxsize=64)(block_mask_of)
+@functools.lru_cache(maxsize=64)
+def _kept(mask: Mask, device: torch.device) -> Any:
+    with without_modes():
+        return block_mask_of(mask, device)
 
 
 @functools.lru_cache(maxsize=1)

@@ -2,7 +2,8 @@
 
 A block mask is made without the dense form: the blocks of a `BlockMask` are its own, those of other masks are found by
 `tile`, and only the blocks at a mask's borders are evaluated. While a graph is traced, lengths may be symbolic, and
-FlexAttention's own `create_block_mask`, which evaluates all, takes their place.
+among fake tensors there are no numbers to find: there FlexAttention's own `create_block_mask`, which evaluates all,
+takes its place.
 """
 
 from __future__ import annotations
@@ -35,12 +36,17 @@ def block_mask_of(mask: Mask, device: torch.device) -> Any:
         if mask.full is not None:
             full = blocks & _of_rank_four(mask.full.to(device))
         return _assembled(blocks, full, mask, mask.block_size, rule)
-    if is_traced():
+    if numbers_are_unknown():
         seqlen_q, seqlen_kv = mask.bound_lengths()
         batch, num_heads = (None if size == 1 else size for size in mask.batch_and_heads)
         return create_block_mask(rule, batch, num_heads, seqlen_q, seqlen_kv, device=device)
     some, every = blocks_of(mask, (SIZE, SIZE), device)
     return _assembled(some, every, mask, (SIZE, SIZE), rule)
+
+
+def numbers_are_unknown() -> bool:
+    """Whether a graph is traced here, or the tensors that are made are fake."""
+    return is_traced() or type(torch.empty(0, device="cpu")) is not Tensor
 
 
 def _assembled(
