@@ -112,16 +112,22 @@ BAD = {
     # options
     "scale NaN": Bad("scale: must be finite, got nan", options={"scale": NAN}),
     "scale infinite": Bad("scale: must be finite, got inf", options={"scale": INF}),
+    "scale beyond floats": Bad(
+        "scale: must be finite, got an int of 1329 bits, which no float holds", options={"scale": 10**400}
+    ),
+    "scale too long to print": Bad("scale: must be finite, got an int of 16610 bits", options={"scale": -(10**5000)}),
     "scale of a string": Bad("scale: takes a number or None, got str", InputTypeError, options={"scale": "0.1"}),
     "scale of a tensor": Bad("scale: takes a number or None, got Tensor", InputTypeError, options={"scale": tensor(1)}),
     "softcap 0": Bad(r"softcap: must be finite and above 0 \(None for none\), got 0", options={"softcap": 0.0}),
     "softcap below 0": Bad("softcap: must be finite and above 0 .*got -1", options={"softcap": -1.0}),
     "softcap NaN": Bad("softcap: must be finite and above 0 .*got nan", options={"softcap": NAN}),
     "softcap infinite": Bad("softcap: must be finite and above 0 .*got inf", options={"softcap": INF}),
+    "softcap beyond floats": Bad("softcap: must be finite .*got an int of 1329 bits", options={"softcap": 10**400}),
     "softcap of a list": Bad("softcap: takes a number or None, got list", InputTypeError, options={"softcap": [1.0]}),
     "dropout of 1": Bad(r"dropout_p: must lie in \[0, 1\), got 1", options={"dropout_p": 1.0}),
     "dropout below 0": Bad(r"dropout_p: must lie in \[0, 1\), got -0.1", options={"dropout_p": -0.1}),
     "dropout NaN": Bad(r"dropout_p: must lie in \[0, 1\), got nan", options={"dropout_p": NAN}),
+    "dropout beyond floats": Bad(r"dropout_p: must lie in \[0, 1\), got an int of", options={"dropout_p": 10**5000}),
     "dropout None": Bad("dropout_p: takes a number, got NoneType", InputTypeError, options={"dropout_p": None}),
     # biases
     "Causal() on unequal lengths": Bad(

@@ -6,8 +6,8 @@ match is read out of bounds. So whatever cannot be a legal problem is an error h
 
 from __future__ import annotations
 
-import math
 import operator
+import sys
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from .tracing import constant, is_traced
 
 HEADS_LAST = 2
 HEADS_FIRST = 1
+
+#: Floats up to it are finite; so are ints beyond it, which no float holds.
+LARGEST = sys.float_info.max
 
 #: Tensor classes that mean what a plain tensor means; the others may mean anything.
 _PLAIN = frozenset(
@@ -197,8 +200,8 @@ def check_scale(scale: Any, head_dim: int) -> Any:
         return scale
     if isinstance(scale, Tensor) or not isinstance(scale, (int, float)):
         raise InputTypeError(f"scale: takes a number or None, got {type(scale).__name__}")
-    if not math.isfinite(scale):
-        raise InputError(f"scale: must be finite, got {scale}")
+    if not abs(scale) <= LARGEST:  # NaN is not
+        raise InputError(f"scale: must be finite, got {_told(scale)}")
     return float(scale)
 
 
@@ -207,15 +210,22 @@ def check_softcap(softcap: Any) -> None:
         return
     if isinstance(softcap, Tensor) or not isinstance(softcap, (int, float)):
         raise InputTypeError(f"softcap: takes a number or None, got {type(softcap).__name__}")
-    if not (math.isfinite(softcap) and softcap > 0):
-        raise InputError(f"softcap: must be finite and above 0 (None for none), got {softcap}")
+    if not 0 < softcap <= LARGEST:
+        raise InputError(f"softcap: must be finite and above 0 (None for none), got {_told(softcap)}")
 
 
 def check_dropout(dropout_p: Any) -> None:
     if isinstance(dropout_p, Tensor) or not isinstance(dropout_p, (int, float)):
         raise InputTypeError(f"dropout_p: takes a number, got {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p < 1.0:
-        raise InputError(f"dropout_p: must lie in [0, 1), got {dropout_p}")
+        raise InputError(f"dropout_p: must lie in [0, 1), got {_told(dropout_p)}")
+
+
+def _told(number: float) -> str:
+    """A number for people: of the digits of an int that no float holds, Python refuses to write too many."""
+    if isinstance(number, int) and abs(number) > LARGEST:
+        return f"an int of {number.bit_length()} bits, which no float holds"
+    return str(number)
 
 
 def check_bias(

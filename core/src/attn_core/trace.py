@@ -34,6 +34,7 @@ from .dispatch import ATTENTION, SDPA, SDPA_GQA, as_under_autocast, autocast_of,
 from .door import (
     HEADS_FIRST,
     HEADS_LAST,
+    LARGEST,
     check_bias,
     check_dropout,
     check_rank,
@@ -139,7 +140,7 @@ def _run(door: int, query: Tensor, key: Tensor, value: Tensor, bias: AttnBias | 
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_rank(name, tensor, heads)
     # Of a symbolic number, a comparison is a guard.
-    if softcap is not None and not (isinstance(softcap, NUMBER) and 0.0 < softcap < float("inf")):
+    if softcap is not None and not (isinstance(softcap, NUMBER) and 0.0 < softcap <= LARGEST):
         check_softcap(softcap)
     if not (isinstance(dropout_p, NUMBER) and 0.0 <= dropout_p < 1.0):
         check_dropout(dropout_p)
