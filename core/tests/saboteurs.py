@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from attn_core import (
@@ -23,6 +25,7 @@ from attn_core import (
     KeyPadding,
     Paged,
     PrefixLM,
+    Problem,
     Refusal,
     TensorBias,
     Window,
@@ -30,6 +33,7 @@ from attn_core import (
 )
 from attn_core.conformance import CheckResult, check_kernel, contract
 from attn_core.testing import fake_distribution, importable
+from rude_plugins import rude_plugin
 from streams_doubled import doubled_streams
 from torch import Tensor
 
@@ -41,7 +45,8 @@ def attend(query, key, value, *, bias=None, scale, softcap=None, dropout_p=0.0, 
     """Attention written out, heads-last, each line right unless `wrong` names it."""
     if wrong == "stream ignored":
         with _in_the_default_stream(query.device.type):
-            return attend(query, key, value, bias=bias, scale=scale, softcap=softcap, return_lse=return_lse)
+            options = {"softcap": softcap, "dropout_p": dropout_p, "return_lse": return_lse}
+            return attend(query, key, value, bias=bias, scale=scale, **options)
     dtype, head_dim = query.dtype, query.shape[-1]
     seqlen_kv = key.shape[1]
     if wrong == "scale dropped":
@@ -90,7 +95,14 @@ def attend(query, key, value, *, bias=None, scale, softcap=None, dropout_p=0.0, 
         weights = weights * (1 + torch.rand(()) * 1e-6)
     if wrong == "gradient to value missing" or (wrong == "gradient lost in graphs" and torch.compiler.is_compiling()):
         v = v.detach()
-    out = (weights @ v).transpose(1, 2)
+    if wrong == "derivative of value not pushed":
+        v = v.detach()
+    product = _DifferentiableOnce.apply if wrong == "gradient of the gradient missing" else torch.matmul
+    out = product(weights, v).transpose(1, 2)
+    if wrong == "output not written without keys" and not seqlen_kv:
+        out = out + math.nan
+    if wrong == "shape of a model mistaken" and query.shape[1] == 197:
+        out = out * 1.5
     if wrong == "stream ignored by the backward":
         out = _BackwardElsewhere.apply(out)
     out = out if wrong == "dtype quietly raised" else out.to(dtype)
@@ -103,6 +115,8 @@ def attend(query, key, value, *, bias=None, scale, softcap=None, dropout_p=0.0, 
         return out
     if wrong == "LSE base 2":
         lse = lse / math.log(2)
+    if wrong == "gradient of the LSE missing":
+        lse = lse.detach()
     of_empty = {"LSE 0 of a row without keys": 0.0, "LSE +inf of a row without keys": math.inf}.get(wrong, MASKED)
     return out, torch.where(empty.squeeze(-1), of_empty, lse)
 
@@ -110,6 +124,20 @@ def attend(query, key, value, *, bias=None, scale, softcap=None, dropout_p=0.0, 
 def _in_the_default_stream(device: str) -> AbstractContextManager[object]:
     streams = contract.streams_of(device)
     return streams.stream(streams.default_stream()) if streams is not None else nullcontext()
+
+
+class _DifferentiableOnce(torch.autograd.Function):
+    """A product with a backward written by hand, as of kernels: to autograd, its gradients are constants."""
+
+    @staticmethod
+    def forward(ctx: object, one: Tensor, other: Tensor) -> Tensor:
+        ctx.save_for_backward(one, other)
+        return one @ other
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, Tensor]:
+        one, other = (tensor.detach() for tensor in ctx.saved_tensors)
+        return grad @ other.mT, one.mT @ grad
 
 
 class _BackwardElsewhere(torch.autograd.Function):
@@ -210,11 +238,35 @@ def _refuse_by_raising(problem):
     raise KeyError("arch")
 
 
+class Mislabelled(Kernel):
+    """Refuses all that it should, and blames the same field each time."""
+
+    def refusals(self, problem, **given):
+        return [replace(refusal, field="problem") for refusal in super().refusals(problem, **given)]
+
+
+class Inconstant(Kernel):
+    """Refuses a problem while its refusals are looked at, twice, and takes it in the call after."""
+
+    asked: ClassVar[Counter[Problem]] = Counter()
+
+    def refusals(self, problem, **given):
+        found = super().refusals(problem, **given)
+        self.asked[problem] += bool(found)
+        return found if self.asked[problem] <= 2 else []
+
+
+@contextmanager
+def asked_nothing_yet() -> Iterator[None]:
+    Inconstant.asked.clear()
+    yield
+
+
 @dataclass(frozen=True)
 class Saboteur:
     """A wrong kernel, and the check that must catch it."""
 
-    kernel: Kernel
+    kernel: Kernel | str  #: by its name where it is a plugin's
     caught_by: str
     device: str = "cpu"
     #: In which it is checked: what the machine lacks is doubled there.
@@ -226,10 +278,10 @@ class Saboteur:
             return check_kernel(self.kernel, device=self.device, only=check, stop_at_failure=True)
 
 
-def _wrong(name: str, **claims: object) -> Kernel:
+def _wrong(name: str, kind: type[Kernel] = Kernel, **claims: object) -> Kernel:
     slug = name.replace(" ", "-").replace(",", "")
     run = functools.partial(attend, wrong=name)
-    return Kernel(name=f"sabotage/{slug}", run=run, capabilities=replace(CLAIMS, **claims))  # type: ignore[arg-type]
+    return kind(name=f"sabotage/{slug}", run=run, capabilities=replace(CLAIMS, **claims))  # type: ignore[arg-type]
 
 
 SABOTEURS = {
@@ -252,6 +304,8 @@ SABOTEURS = {
         "bias added before the scale": "agrees",
         "gradient to the bias missing": "agrees",
         "gradient to value missing": "agrees",
+        "gradient of the LSE missing": "agrees",
+        "shape of a model mistaken": "agrees_on_recorded_problems",
         "softcap after the bias": "agrees",
         "softcap dropped": "agrees",
         "dropout dropped": "drops_weights",
@@ -283,8 +337,24 @@ SABOTEURS |= {
     "batch entries coupled": Saboteur(
         _wrong("batch entries coupled", batch_invariant=True), "entries_do_not_depend_on_each_other"
     ),
+    "derivative of value not pushed": Saboteur(
+        _wrong("derivative of value not pushed", forward_ad=True), "pushes_derivatives_forward"
+    ),
+    "gradient of the gradient missing": Saboteur(
+        _wrong("gradient of the gradient missing", backward=replace(CLAIMS.backward, double=True)),
+        "is_differentiable_twice",
+    ),
+    "output not written without keys": Saboteur(
+        _wrong("output not written without keys", empty_lengths=True, head_dims={16}, head_dims_v=None), "agrees"
+    ),
     "graph broken": Saboteur(_wrong("graph broken", compile=True), "can_be_traced"),
     "gradient lost in graphs": Saboteur(_wrong("gradient lost in graphs", compile=True), "can_be_traced"),
+    "refuses by the wrong field": Saboteur(
+        _wrong("refuses by the wrong field", Mislabelled), "refuses_what_it_does_not_claim"
+    ),
+    "takes what it refused": Saboteur(
+        _wrong("takes what it refused", Inconstant), "a_call_that_it_refuses_raises", within=asked_nothing_yet
+    ),
     "refuses what it claims": Saboteur(
         replace(GOOD, name="sabotage/refuses", refuse=_refuse_everything), "takes_what_it_claims"
     ),
@@ -294,6 +364,15 @@ SABOTEURS |= {
     "its limits raise": Saboteur(
         replace(GOOD, name="sabotage/raises", refuse=_refuse_by_raising), "its_reasons_can_be_read"
     ),
+}
+SABOTEURS |= {
+    what: Saboteur("rude/sdpa", check, within=functools.partial(rude_plugin, what))
+    for what, check in {
+        "library imported to declare": "is_declared_without_its_library",
+        "CUDA started to declare": "is_declared_without_its_library",
+        "of no use after a fork": "survives_a_fork",
+        "another plugin broken": "leaves_the_others_alone",
+    }.items()
 }
 
 
