@@ -15,7 +15,7 @@ from pathlib import Path
 import attn_core
 import pytest
 import torch
-from attn_core import Backward, Capabilities, Kernel, UnknownKernelError
+from attn_core import Backward, Capabilities, InputError, Kernel, UnknownKernelError
 from attn_core.cli import main
 from attn_core.conformance import CHECKS, CheckResult, check_kernel
 from attn_core.conformance.cases import claimed_cases
@@ -390,15 +390,63 @@ def test_the_command_checks_a_plugin_and_writes_its_certificate(hello, tmp_path)
         (["check", "torch/math", "--only", "agree"], "Did you mean 'agrees'"),
         (["check", "torch/math", "--all"], "not both"),
         (["check", "torch/math", "--limit", "0"], "seconds are above 0"),
+        (["check", "torch/math", "--limit", "inf"], "86,400 at most, got inf"),
+        (["check", "torch/math", "--device", "cudo"], "such as 'cpu' or 'cuda', got 'cudo'. Did you mean 'cuda'"),
+        (["check", "torch/math", "--device", "cpu:0"], "give 'cpu' alone"),
+        (["check", "torch/math", "--device", "meta"], "it holds no numbers"),
         (["check", "torch/math", "--read", __file__], "--read runs nothing"),
         (["check", "torch/math", "--out", "/dev/null/certificates"], "cannot write into"),
     ],
-    ids=["nothing", "unknown kernel", "unknown check", "both", "no time", "run and read", "unwritable"],
+    ids=[
+        *("nothing", "unknown kernel", "unknown check", "both", "no time", "no end"),
+        *("unknown device", "one device of several", "no numbers", "run and read", "unwritable"),
+    ],
 )
 def test_the_command_says_what_is_wrong_with_its_arguments(arguments, text):
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 2
-    assert text in done.output
+    assert text in " ".join(done.output.split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_command_says_that_there_is_no_such_device_and_checks_nothing():
+    done = CliRunner().invoke(main, ["check", "--all", "--device", "cuda"])
+    assert done.exit_code == 2
+    assert "--device: nothing can be checked on 'cuda' here: " in " ".join(done.output.split())
+    with pytest.raises(InputError, match="nothing can be checked on 'cuda' here"):
+        next(check_isolated("torch/math", device="cuda"))
+
+
+def test_a_limit_that_is_none_is_an_error_before_anything_runs():
+    with pytest.raises(InputError, match="limit: takes seconds above 0, 86,400 at most, got nan"):
+        next(check_isolated("torch/math", limit=float("nan")))
+
+
+def test_a_certificate_that_cannot_be_written_after_all_fails_and_the_rest_is_told(monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("attn_core.conformance.isolated.check_isolated", lambda kernel, **_: [row("agrees")])
+    monkeypatch.setattr("attn_core.conformance.certificate.write", full)
+    done = CliRunner().invoke(main, ["check", "torch/math", "torch/tiled", "--out", str(tmp_path)])
+    assert done.exit_code == 1, done.output
+    for name in ("torch/math", "torch/tiled"):
+        assert f"cannot write the certificate of {name}: [Errno 28] No space left" in " ".join(done.output.split())
+    assert "kernels checked" in done.output
+
+
+def test_a_kernel_that_declares_another_device_is_listed_and_alone_it_is_not_enough(tmp_path):
+    with importable(tmp_path / "site"):
+        fake_distribution(tmp_path / "site", source=HELLO.replace('devices={"cpu"}', 'devices={"cuda"}'))
+        attn_core.refresh()
+        alone = CliRunner().invoke(main, ["check", "hello"])
+        beside = CliRunner().invoke(main, ["check", "hello", "torch/math", "--only", "its_reasons_can_be_read"])
+    attn_core.refresh()
+    assert alone.exit_code == 1, alone.output
+    assert "it declares nothing for cpu" in " ".join(alone.output.split())
+    assert "nothing was checked" in alone.output
+    assert beside.exit_code == 0, beside.output
+    assert "it declares nothing for cpu" in " ".join(beside.output.split())
 
 
 NO_KERNELS = "import attn_core\n@attn_core.hookimpl\ndef attn_kernels():\n    return []\n"

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from ..errors import UnknownKernelError, suggestion
+from ..errors import InputError, UnknownKernelError, suggestion
 from ..kernel import Kernel
 from ..registry import registry
 from .console import console, table
@@ -52,7 +52,7 @@ def check(
 
     NAME is a kernel, a plugin, or a shell pattern. The problems are derived from the kernel's own declaration: each
     result is held against a float64 reference, and everything that is not declared must be refused. A kernel that
-    crashes, hangs or ends the process costs one row. Ends with 1 where something failed.
+    crashes, hangs or ends the process costs one row. Ends with 1 where something failed, or nothing could be checked.
 
     \b
     Examples:
@@ -64,28 +64,40 @@ def check(
     """
     from ..conformance.certificate import certificate, write
     from ..conformance.checks import CHECKS
-    from ..conformance.isolated import check_isolated
+    from ..conformance.isolated import LONGEST, check_isolated
+    from ..conformance.results import NotTestable
+    from ..conformance.subject import Subject, must_be_here
 
     if files:
         if names or every or only or out:
             raise click.UsageError("--read runs nothing: give no kernels, --all, --only or --out beside it")
         sys.exit(_read(files))
-    if not limit > 0:
-        raise click.UsageError(f"--limit: seconds are above 0, got {limit:g}")
+    if not 0 < limit <= LONGEST:
+        raise click.UsageError(f"--limit: seconds are above 0, and {LONGEST:,.0f} at most, got {limit:g}")
     kernels = _chosen(names, every)
     if not kernels:
         raise click.UsageError("there are no kernels: `attn plugins` says why")
     if only is not None and only not in CHECKS:
         raise click.UsageError(f"--only: no check {only!r}.{suggestion(only, CHECKS)} There are {', '.join(CHECKS)}")
+    try:
+        must_be_here(device)
+    except InputError as said:
+        raise click.UsageError(f"--{said}") from said
     if out is not None:
         _must_be_writable(out)
-    failed = False
+    failed, checked = False, 0
     shown = table("kernels checked", "kernel", "passed", "failed", "skipped", "largest error", "seconds")
     for kernel in kernels:
         condition = registry.condition(kernel)
         if condition.state not in ("ready", "failed"):
             shown.add_row(kernel.name, "", "", condition.state, condition.reason, "", style="dim")
             continue
+        try:
+            Subject(kernel, device).declared  # noqa: B018  (asked for its error)
+        except NotTestable as said:
+            shown.add_row(kernel.name, "", "", "not here", str(said), "", style="dim")
+            continue
+        checked += 1
         results, started = [], time.perf_counter()
         with _progress(kernel.name) as (progress, task):
             for result in check_isolated(kernel.name, device=device, only=only, limit=limit):
@@ -103,10 +115,16 @@ def check(
         numbers = (str(count["passed"]), str(count["failed"]), str(count["skipped"]))
         shown.add_row(kernel.name, *numbers, error, spent, style=None if made.granted else "red")
         if out is not None and only is None:
-            for path in write(made, out):
-                console().print(f"wrote {path}")
+            try:
+                for path in write(made, out):
+                    console().print(f"wrote {path}")
+            except OSError as full:  # the folder was writable before; what is checked next may do no better, or may
+                failed = True
+                console().print(f"cannot write the certificate of {kernel.name}: {full}", style="red")
     console().print(shown)
-    sys.exit(1 if failed else 0)
+    if not checked:
+        console().print("nothing was checked", style="red")
+    sys.exit(1 if failed or not checked else 0)
 
 
 def _read(files: tuple[Path, ...]) -> int:

@@ -21,11 +21,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError
 from ..registry import registry
 from .results import CheckResult
+from .subject import must_be_here
 
 #: Seconds that one row may take.
 LIMIT = 120.0
+#: A day; a hang that is waited for longer is not found by anybody.
+LONGEST = 86_400.0
 #: Seconds that a child may take to import torch and list its rows.
 START = 300.0
 #: After so many deaths the rest of a kernel's rows is not tried: each costs a new process.
@@ -40,9 +44,13 @@ def check_isolated(
     Args:
         limit: seconds that one check of one case may take, but for those in which it waits for a core.
 
-    Raises UnknownKernelError for an unknown name, before anything runs.
+    Raises UnknownKernelError for an unknown name, InputError for a limit that is none and for a device that is not
+    here, before anything runs.
     """
     registry.kernel(kernel)
+    must_be_here(device)
+    if not 0 < limit <= LONGEST:
+        raise InputError(f"limit: takes seconds above 0, {LONGEST:,.0f} at most, got {limit:g}")
     done = deaths = 0
     while True:
         started: dict[str, Any] | None = None

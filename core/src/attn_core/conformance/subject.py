@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..capabilities import Backward, Capabilities
+from ..errors import InputError, suggestion
 from ..functional import attention
 from ..kernel import Kernel
 from ..problem import Problem
@@ -20,9 +21,11 @@ from ..scope import allow
 from ..testing.differences import Call
 from ..testing.problems import Inputs
 from .cases import Case, base_problem, claimed_cases
-from .results import CheckFailed, NotTestable
+from .results import NotTestable
 
 SEED = 20261121
+#: The types of devices that come with torch and hold numbers.
+DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia")
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,21 @@ class Subject:
             raise NotTestable(f"its own limits refuse it: {'; '.join(map(str, refusals))}")
 
 
-def fail(text: str) -> None:
-    raise CheckFailed(text)
+def must_be_here(device: str) -> None:
+    """Raises InputError unless it is a type of device, and there is one: else every row would fail, and say nothing."""
+    try:
+        known = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        near = suggestion(str(device), DEVICE_TYPES)
+        raise InputError(f"device: takes a type of device, such as 'cpu' or 'cuda', got {device!r}.{near}") from error
+    if device != known.type or known.type == "meta":
+        why = "it holds no numbers" if known.type == "meta" else f"give {known.type!r} alone"
+        raise InputError(f"device: nothing can be checked on {device!r}: {why}")
+    try:
+        torch.empty(1, device=known)
+    except Exception as error:  # each backend raises what it likes
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"device: nothing can be checked on {device!r} here: {reason}") from error
 
 
 @contextmanager
