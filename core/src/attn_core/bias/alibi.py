@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import InputError, InputTypeError
 from .diagonal import Corner, check_corner, check_corner_is_decided, offset
 from .score import Score
-from .whole_numbers import is_count
+from .whole_numbers import as_int, is_count
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -37,6 +37,7 @@ class ALiBi(Score):
 
     def __post_init__(self) -> None:
         check_corner("ALiBi", self.corner)
+        object.__setattr__(self, "num_heads", as_int(self.num_heads))
         if not is_count(self.num_heads, 1):
             raise InputError(f"ALiBi: num_heads must be an int >= 1, got {self.num_heads!r}")
         if self.slopes is None:

@@ -15,7 +15,7 @@ from .base import AttnBias, Mask, Rule, TileKind, _is_tracing
 from .block_rows import Rows, has_all, rows_of
 from .blocks import blocks_of
 from .fields import look, on_meta
-from .whole_numbers import is_count
+from .whole_numbers import as_int, is_count
 
 #: Of the blocks, where they can be read without waiting: (share of them that is True, whether all are, whether none is
 #: left to `within`). A part of the key, the share to the nearest power of 2, so that choices may depend on it.
@@ -301,7 +301,7 @@ class BlockMask(Mask):
 
 def _sizes(block_size: Any) -> tuple[int, int]:
     """(queries, keys) of a block."""
-    sizes = tuple(block_size) if isinstance(block_size, Sequence) else (block_size,) * 2
+    sizes = tuple(map(as_int, block_size if isinstance(block_size, Sequence) else (block_size,) * 2))
     if len(sizes) != 2 or not all(is_count(size, 1) for size in sizes):
         raise InputError(
             f"BlockMask: block_size must be an int >= 1, or one of queries and of keys, got {block_size!r}"

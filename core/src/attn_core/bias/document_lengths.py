@@ -15,6 +15,7 @@ from ..tracing import constant
 from .base import _is_tracing
 from .diagonal import check_corner_is_decided
 from .documents import WHOLE, Band, pack
+from .whole_numbers import as_int, is_int
 
 
 def plain_ints(name: str, values: Any) -> tuple[int, ...]:
@@ -24,9 +25,10 @@ def plain_ints(name: str, values: Any) -> tuple[int, ...]:
         raise InputTypeError(f"Segments: {name} must be a sequence of ints, got {type(values).__name__}{hint}")
     made: list[int] = []
     for n, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        number = value if type(value) is int else as_int(value)
+        if not is_int(number):
             raise InputTypeError(f"Segments: {name} must be ints, got {value!r} for document {n}")
-        made.append(operator.index(value))
+        made.append(operator.index(number))
     return tuple(made)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .whole_numbers import is_count
+from .whole_numbers import as_int, is_count
 
 if TYPE_CHECKING:
     from .base import AttnBias
@@ -36,7 +36,7 @@ def cells(bias: AttnBias, batch_entry: int = 0, head: int = 0, rows: int = ROWS,
     """
     seqlen_q, seqlen_kv = bias.bound_lengths()
     place = []
-    for name, number, has in zip(("batch entry", "head"), (batch_entry, head), bias.batch_and_heads):
+    for name, number, has in zip(("batch entry", "head"), (as_int(batch_entry), as_int(head)), bias.batch_and_heads):
         if not is_count(number) or (number >= has and has != 1):
             raise InputError(f"draw: {bias!r} has {name} 0 to {has - 1}, got {number!r}")
         place.append(number if has != 1 else 0)  # one is the same for all

@@ -22,7 +22,7 @@ from .user_function import (
     from_picklable,
     name_of,
 )
-from .whole_numbers import is_count
+from .whole_numbers import as_int, is_count
 
 PARAMETERS = ("b", "h", "q_idx", "kv_idx")
 
@@ -61,7 +61,9 @@ class MaskMod(Mask):
     def __post_init__(self) -> None:
         tensors = check_function("MaskMod", self.function, PARAMETERS, self.tensors)
         object.__setattr__(self, "tensors", tensors)
-        for name, size in (("batch", self.batch), ("num_heads", self.num_heads)):
+        for name in ("batch", "num_heads"):
+            size = as_int(getattr(self, name))
+            object.__setattr__(self, name, size)
             if size is not None and not is_count(size, 1):
                 raise InputError(f"MaskMod: {name} must be an int >= 1, or None where it is ignored, got {size!r}")
 

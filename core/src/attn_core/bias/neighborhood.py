@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import InputError
 from .base import Mask, TileKind
 from .causal import Causal
-from .whole_numbers import is_count
+from .whole_numbers import as_int, is_count
 from .window import Window
 
 MAX_RANK = 3
@@ -77,7 +77,7 @@ class Neighborhood(Mask):
         is_causal: bool | Sequence[bool] = False,
         lengths: tuple[int, int] | None = None,
     ) -> None:
-        sizes = tuple(extents) if isinstance(extents, (tuple, list)) else (extents,)
+        sizes = tuple(map(as_int, extents if isinstance(extents, (tuple, list)) else (extents,)))
         if not 1 <= len(sizes) <= MAX_RANK:
             raise InputError(f"Neighborhood: extents must have 1 to {MAX_RANK} axes, got {len(sizes)}: {extents!r}")
         values = [
@@ -194,13 +194,13 @@ def _made(parameters: tuple[tuple[Any, ...], ...], lengths: tuple[int, int] | No
 def _of_each_axis(name: str, value: Any, rank: int) -> tuple[Any, ...]:
     """One value for each axis."""
     if not isinstance(value, (tuple, list)):
-        return (value,) * rank
+        return (as_int(value),) * rank
     if len(value) != rank:
         raise InputError(
             f"Neighborhood: {name} must be one value, or one for each of the {rank} axes,"
             f" got {len(value)} values: {value!r}"
         )
-    return tuple(value)
+    return tuple(map(as_int, value))
 
 
 def _check(number: int, extent: Any, kernel: Any, stride: Any, dilation: Any, causal: Any) -> None:

@@ -16,7 +16,7 @@ from .base import AttnBias, Mask
 from .cached import Cached, check_seqlens, check_within, facts_of, simplest, told_within, within_of
 from .cached import made as cached
 from .causal import Causal
-from .whole_numbers import is_int, is_readable, shown, whole_numbers
+from .whole_numbers import as_int, is_int, is_readable, shown, whole_numbers
 from .window import Window
 
 
@@ -67,6 +67,7 @@ class Paged(Mask):
         seqlens = whole_numbers("Paged", "seqlens_kv", seqlens_kv, 1)
         if table.shape[0] != seqlens.shape[0]:
             raise InputError(f"Paged: page_table has batch={table.shape[0]}, seqlens_kv has batch={seqlens.shape[0]}")
+        page_size = as_int(page_size)
         if not is_int(page_size):
             raise InputTypeError(f"Paged: page_size must be an int, got {page_size!r}")
         if page_size < 1:

@@ -13,7 +13,7 @@ from ..errors import InputError, InputTypeError
 from .base import Mask, Rule, TileKind, known
 from .causal import Causal
 from .diagonal import Corner, check_corner, check_corner_is_decided, clipped_pairs, offset
-from .whole_numbers import is_int, is_readable, shown, whole_numbers
+from .whole_numbers import as_int, is_int, is_readable, shown, whole_numbers
 
 
 @dataclass(frozen=True, repr=False, eq=False, init=False)
@@ -46,6 +46,7 @@ class PrefixLM(Mask):
         lengths: tuple[int, int] | None = None,
     ) -> None:
         check_corner("PrefixLM", corner)
+        prefix = as_int(prefix)
         if not is_int(prefix) and not isinstance(prefix, (Tensor, Sequence)):
             raise InputTypeError(
                 f"PrefixLM: prefix must be an int, or an integer tensor or ints for each batch entry, got {prefix!r}"

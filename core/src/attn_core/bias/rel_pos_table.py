@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import InputError, InputTypeError
 from .neighborhood import MAX_RANK
 from .score import Score
-from .whole_numbers import is_count
+from .whole_numbers import as_int, is_count
 
 
 @dataclass(frozen=True, repr=False, eq=False, init=False)
@@ -46,8 +46,8 @@ class RelPosTable(Score):
         dilation: int | tuple[int, ...] = 1,
         lengths: tuple[int, int] | None = None,
     ) -> None:
-        sizes = tuple(extents) if isinstance(extents, (tuple, list)) else (extents,)
-        dilations = tuple(dilation) if isinstance(dilation, (tuple, list)) else (dilation,) * len(sizes)
+        sizes = tuple(map(as_int, extents if isinstance(extents, (tuple, list)) else (extents,)))
+        dilations = tuple(map(as_int, dilation if isinstance(dilation, (tuple, list)) else (dilation,) * len(sizes)))
         _check_floating("RelPosTable", table)
         if not 1 <= len(sizes) <= MAX_RANK:
             raise InputError(f"RelPosTable: extents must have 1 to {MAX_RANK} axes, got {extents!r}")
@@ -78,17 +78,18 @@ class RelPosTable(Score):
         Its entries are for the query's place less the key's, so both axes are turned around. Raises InputTypeError for
         a table that is not floating, InputError for a window that is no pair, or another number of entries.
         """
-        if not isinstance(window, (tuple, list)) or len(window) != 2 or not all(is_count(n, 1) for n in window):
+        sizes = tuple(map(as_int, window)) if isinstance(window, (tuple, list)) else ()
+        if len(sizes) != 2 or not all(is_count(n, 1) for n in sizes):
             raise InputError(f"RelPosTable.from_swin: window must be (height, width), ints >= 1, got {window!r}")
         _check_floating("RelPosTable.from_swin", table)
-        height, width = window
+        height, width = sizes
         if table.ndim != 2 or table.shape[0] != (2 * height - 1) * (2 * width - 1):
             raise InputError(
                 f"RelPosTable.from_swin: a window of {height} x {width} has {(2 * height - 1) * (2 * width - 1)}"
                 f" entries, got table {list(table.shape)}"
             )
         turned = table.T.reshape(-1, 2 * height - 1, 2 * width - 1).flip(1, 2)
-        return cls(turned, window)
+        return cls(turned, sizes)
 
     def __repr__(self) -> str:
         grad = " requires_grad" if self.table.requires_grad else ""

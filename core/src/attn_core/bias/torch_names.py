@@ -10,7 +10,7 @@ from enum import IntEnum
 
 from ..errors import InputError
 from .causal import Causal
-from .whole_numbers import is_count
+from .whole_numbers import as_int, is_count
 
 
 class CausalVariant(IntEnum):
@@ -38,7 +38,8 @@ def CausalBias(variant: CausalVariant | int, seq_len_q: int, seq_len_kv: int) ->
     except ValueError:
         names = " or ".join(f"CausalVariant.{each.name}" for each in CausalVariant)
         raise InputError(f"variant: must be {names}, got {variant!r}") from None
-    for name, length in (("seq_len_q", seq_len_q), ("seq_len_kv", seq_len_kv)):
+    lengths = as_int(seq_len_q), as_int(seq_len_kv)
+    for name, length in zip(("seq_len_q", "seq_len_kv"), lengths):
         if not is_count(length):
             raise InputError(f"{name}: must be an int >= 0, got {length!r}")
-    return Causal("top-left" if known is CausalVariant.UPPER_LEFT else "bottom-right").bind(seq_len_q, seq_len_kv)
+    return Causal("top-left" if known is CausalVariant.UPPER_LEFT else "bottom-right").bind(*lengths)

@@ -1,7 +1,12 @@
-"""What counts something, as an argument: a plain int, or many in a tensor."""
+"""What counts something, as an argument: an int, or many in a tensor.
+
+An int is what Python takes for an index, NumPy's integers among them; it is held as a plain one. True and False are
+none, and no tensor is, whose number would have to be read.
+"""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +19,18 @@ from ..tracing import is_traced
 _INTEGERS = (int, torch.SymInt)  # the latter where a graph is traced
 
 
+def as_int(value: Any) -> Any:
+    """The plain int that it is, or the symbolic one where a graph is traced; what is no int is returned as it is."""
+    if type(value) is int or isinstance(value, (bool, torch.SymInt, Tensor)) or not hasattr(value, "__index__"):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:  # an array of many, or of what is no int
+        return value
+
+
 def is_int(value: Any) -> bool:
-    """Whether it is an int; True and False are none, and no tensor is, nor another library's."""
+    """Whether it is a plain int or a symbolic one; True and False are none."""
     return isinstance(value, _INTEGERS) and not isinstance(value, bool)
 
 
@@ -41,7 +56,8 @@ def whole_numbers(kind: str, name: str, given: Any, rank: int) -> Tensor:
         if len(set(rows)) > 1:
             raise InputError(f"{kind}: {name} must have rows of one length, got {rows}")
         # The CPU, whatever the default device is: what is there can be checked.
-        made = torch.tensor([list(row) for row in given] if rank == 2 else list(given), device="cpu").long()
+        plain = [list(map(as_int, row)) for row in given] if rank == 2 else list(map(as_int, given))
+        made = torch.tensor(plain, device="cpu").long()
         values = made.reshape(len(rows), rows[0] if rows else 0) if rank == 2 else made
     if values.is_floating_point() or values.dtype is torch.bool or values.is_complex():
         raise InputTypeError(f"{kind}: {name} must be an integer tensor, got {values.dtype}")
@@ -53,7 +69,7 @@ def whole_numbers(kind: str, name: str, given: Any, rank: int) -> Tensor:
 
 def _are_ints(values: Any, rank: int) -> bool:
     if rank == 0:
-        return is_int(values)
+        return is_int(as_int(values))
     return isinstance(values, Sequence) and all(_are_ints(value, rank - 1) for value in values)
 
 

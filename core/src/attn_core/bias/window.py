@@ -11,7 +11,7 @@ from ..errors import InputError
 from .base import Mask, TileKind, known
 from .causal import Causal
 from .diagonal import Corner, check_corner, check_corner_is_decided, clipped_pairs, offset
-from .whole_numbers import is_count
+from .whole_numbers import as_int, is_count
 
 
 @dataclass(frozen=True, repr=False, init=False)  # built for every call by many: its own __init__ takes a third less
@@ -43,6 +43,7 @@ class Window(Mask):
         corner: Corner | None = None,
         lengths: tuple[int, int] | None = None,
     ) -> None:
+        left, right = as_int(left), as_int(right)
         check_corner("Window", corner)
         _check_limit("left", left)
         _check_limit("right", right)
