@@ -41,6 +41,7 @@ from .cost import Cost, Work
 from .environment import hosts_to_enable as _hosts_to_enable
 from .errors import (
     AttnError,
+    BrokenLibraryError,
     CalibrationWarning,
     DeclarationError,
     DuplicateKernelError,
@@ -58,6 +59,7 @@ from .explain import Explanation, Verdict, explain, explain_problem
 from .functional import attention, scaled_dot_product_attention
 from .hookspecs import hookimpl
 from .kernel import Kernel, Unusable
+from .library import Library
 from .merge import merge
 from .plan import Plan, plan
 from .problem import Problem
@@ -77,6 +79,7 @@ __all__ = [
     "AttnError",
     "Backward",
     "BlockMask",
+    "BrokenLibraryError",
     "Cached",
     "CalibrationWarning",
     "Capabilities",
@@ -94,6 +97,7 @@ __all__ = [
     "Kernel",
     "KernelRefusedError",
     "KeyPadding",
+    "Library",
     "Mask",
     "MaskMod",
     "Neighborhood",

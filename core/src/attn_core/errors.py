@@ -50,6 +50,10 @@ class PlanError(AttnError, ValueError):
     """A plan was called with operands other than those it was made for."""
 
 
+class BrokenLibraryError(AttnError, ImportError):
+    """A library that a plugin takes its kernels from is installed, and cannot be imported."""
+
+
 class CalibrationWarning(UserWarning):
     """A file of measured constants is ignored; estimates are by those that are shipped."""
 

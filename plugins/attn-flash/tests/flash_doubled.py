@@ -62,8 +62,8 @@ def installed_from(*folders: Path) -> Iterator[None]:
 
     try:
         with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(library, "find_spec", lambda name: PathFinder.find_spec(name, places))
-            patch.setattr(library, "version_of", version_of)
+            patch.setattr("attn_core.library.find_spec", lambda name: PathFinder.find_spec(name, places))
+            patch.setattr("attn_core.library.version_of", version_of)
             patch.setattr(sys, "meta_path", [OnlyFrom(places), *sys.meta_path])
             for folder in folders:
                 stack.enter_context(importable(folder))

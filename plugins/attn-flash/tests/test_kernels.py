@@ -21,7 +21,6 @@ from attn_core import (
     reference_attention,
 )
 from attn_core.conformance import check_kernel
-from attn_flash import library
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest imports tests without their folder on it
 from flash_doubled import BY_NAME, LIBRARIES, doubled, registered
@@ -57,7 +56,7 @@ def params(cases):
 def libraries(tmp_path_factory):
     """The doubles of all three libraries, with their kernels declared for the CPU."""
     with doubled(tmp_path_factory.mktemp("libraries"), *BY_NAME), registered(*BY_NAME):
-        yield {name: library.module(each) for name, each in LIBRARIES.items()}
+        yield {name: each.module() for name, each in LIBRARIES.items()}
 
 
 # What comes out
@@ -136,7 +135,7 @@ def test_only_flash_attention_4_differentiates_through_its_lse():
 
 def told(name, function, monkeypatch):
     """The keyword arguments of the calls of a function of that library, which runs as ever."""
-    module = library.module(LIBRARIES[name])
+    module = LIBRARIES[name].module()
     calls, runs = [], getattr(module, function)
 
     def spying(*args, **options):

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from attn_core.testing import fake_distribution
-from attn_flash import library
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest imports tests without their folder on it
 from flash_doubled import DOUBLE, LIBRARIES, VERSIONS, doubled, installed_from, registry_of_the_plugin
@@ -176,12 +175,12 @@ def test_a_version_out_of_range_is_refused_with_the_range_and_never_imported(tmp
     ids=lambda text: text,
 )
 def test_versions_in_range_are_spoken_to(name, version):
-    assert library.is_supported(LIBRARIES[name], version)
+    assert LIBRARIES[name].is_supported(version)
 
 
 @BY_NAME
 def test_a_text_that_is_no_version_is_none(name):
-    assert not library.is_supported(LIBRARIES[name], "main")
+    assert not LIBRARIES[name].is_supported("main")
 
 
 @BY_NAME

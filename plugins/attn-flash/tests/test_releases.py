@@ -36,7 +36,7 @@ def older(function, always_a_tuple):
 @pytest.mark.parametrize("always_a_tuple", [False, True], ids=["the output alone", "always a tuple"])
 def test_betas_of_flash_attention_3_return_what_they_return(tmp_path, monkeypatch, always_a_tuple):
     with doubled(tmp_path, "fa3"):
-        module = library.module(library.FA3)
+        module = library.FA3.module()
         for name in ("flash_attn_func", "flash_attn_varlen_func"):
             monkeypatch.setattr(module, name, older(getattr(module, name), always_a_tuple))
         with registered("fa3"):

@@ -194,7 +194,7 @@ class Library:
 def takes_dropout(bias):
     """Whether the function for such a mask has the argument at all."""
     name = "flash_attn_with_kvcache" if bias is not None and bias.has_padding else "flash_attn_func"
-    return library.takes(library.FA2, name, "dropout_p")
+    return library.FA2.takes(name, "dropout_p")
 
 
 def near(ours, right):

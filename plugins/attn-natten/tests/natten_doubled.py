@@ -56,14 +56,14 @@ def doubled(folder: Path, **written) -> Iterator[Path]:
     write(folder, **written)
     before = {name: sys.modules.pop(name) for name in list(sys.modules) if is_natten(name)}
     with importable(folder):
-        library.forget()
+        library.NATTEN.forget()
         try:
             yield folder
         finally:
             for name in [name for name in sys.modules if is_natten(name)]:
                 del sys.modules[name]
             sys.modules.update(before)
-            library.forget()
+            library.NATTEN.forget()
             attn_core.refresh()  # what was found of the double is not so any more
 
 
@@ -78,7 +78,7 @@ def registered() -> Iterator[ModuleType]:
         registry.unregister(kernel)
     handles = [registry.register(on_the_cpu(kernel)) for kernel in BY_NAME.values()]
     try:
-        yield library.natten()
+        yield library.NATTEN.module()
     finally:
         for handle in handles:
             handle.unregister()

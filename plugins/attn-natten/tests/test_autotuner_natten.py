@@ -68,7 +68,7 @@ def asked(tmp_path):
                 tensors.append((query, key, value))
                 return listed
 
-            setattr(library.natten(), name, finder)
+            setattr(library.NATTEN.module(), name, finder)
         yield tensors
 
 

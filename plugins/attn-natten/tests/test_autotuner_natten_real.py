@@ -17,7 +17,9 @@ from attn_natten.autotuner.natten_tiles import FINDERS, OWN
 from attn_natten.autotuner.settings import Settings, State
 from attn_natten.kernels import fna
 
-IS_THERE = importlib.util.find_spec("natten") is not None and library.is_supported(library.metadata_version() or "")
+IS_THERE = importlib.util.find_spec("natten") is not None and library.NATTEN.is_supported(
+    library.NATTEN.distributed() or ""
+)
 pytestmark = pytest.mark.skipif(not IS_THERE, reason="NATTEN 0.21 is not installed: nox -s natten")
 
 
@@ -38,7 +40,7 @@ def kernels_are_there():
 def test_every_function_that_lists_configurations_is_there():
     for finders in FINDERS.values():
         for name in filter(None, finders):
-            assert callable(getattr(library.natten(), name))
+            assert callable(getattr(library.NATTEN.module(), name))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -27,7 +27,9 @@ from attn_natten.kernels import fmha, fna
 sys.path.insert(0, str(Path(__file__).parent))  # pytest imports tests without their folder on it
 from natten_doubled import DOUBLE
 
-IS_THERE = importlib.util.find_spec("natten") is not None and library.is_supported(library.metadata_version() or "")
+IS_THERE = importlib.util.find_spec("natten") is not None and library.NATTEN.is_supported(
+    library.NATTEN.distributed() or ""
+)
 pytestmark = [
     pytest.mark.skipif(not IS_THERE, reason="NATTEN 0.21 is not installed: nox -s natten"),
     pytest.mark.filterwarnings("ignore:return_lse is deprecated:FutureWarning"),
@@ -43,7 +45,7 @@ with_the_seed = pytest.mark.parametrize("seed", [SEED], ids="seed {}".format)
 
 @pytest.fixture(scope="module")
 def natten():
-    return library.natten()
+    return library.NATTEN.module()
 
 
 @pytest.fixture(autouse=True)

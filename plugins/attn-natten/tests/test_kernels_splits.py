@@ -111,9 +111,9 @@ def test_dense_attention_is_told_a_number(told):
 
 @pytest.mark.parametrize("seed", [20261121], ids="seed {}".format)
 def test_parts_are_those_of_a_real_natten(seed):
-    if find_spec("natten") is None or not library.is_supported(library.metadata_version() or ""):
+    if find_spec("natten") is None or not library.NATTEN.is_supported(library.NATTEN.distributed() or ""):
         pytest.skip("NATTEN 0.21 is not installed: nox -s natten")
-    natten = library.natten()
+    natten = library.NATTEN.module()
     theirs = import_module("natten.backends.configs.cutlass.backward_knobs")
     attn_natten.use_fused_na()
     rng = random.Random(seed)

@@ -12,7 +12,7 @@ from pathlib import Path
 import attn_natten
 import pytest
 import torch
-from attn_natten import functional, library, machine, utils
+from attn_natten import functional, machine, utils
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest imports tests without their folder on it
 from natten_doubled import doubled
@@ -130,7 +130,7 @@ def test_importing_the_names_of_functional_imports_no_module_before_one_is_used(
 
 
 def test_without_natten_its_finders_of_configurations_say_what_to_install(monkeypatch):
-    monkeypatch.setattr(library, "find_spec", lambda name: None)
+    monkeypatch.setattr("attn_core.library.find_spec", lambda name: None)
     with pytest.raises(
         attn_natten.MissingLibraryError, match="^get_configs_for_flex_fna: asks NATTEN .*not installed: pip"
     ):

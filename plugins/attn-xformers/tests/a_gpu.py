@@ -15,7 +15,7 @@ from attn_xformers.kernels.operators import OPERATORS, Pair
 @contextmanager
 def a_gpu(capability: tuple[int, int]) -> Iterator[dict[str, Pair]]:
     """Within it, the operators of the real xFormers are built and see a device of that compute capability."""
-    fmha = library.fmha()
+    fmha = library.XFORMERS.module()
     pairs = {operator.name: operator.pair() for operator in OPERATORS}
     classes = {each for pair in pairs.values() for each in (pair.forward, pair.backward) if each is not None}
     patches = [

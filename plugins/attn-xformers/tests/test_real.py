@@ -238,7 +238,7 @@ def said_by_operators(pair: Pair, problem: Problem) -> dict[str, list[str]]:
             continue  # xFormers has no such object
         sent = operands.sent(query, key, value, form)
         on_gpu = [asked.StandIn(tuple(x.shape), x.dtype, CUDA, x.stride()) for x in (sent.query, sent.key, sent.value)]
-        inputs = library.fmha().Inputs(*on_gpu, asked.on(CUDA, sent.attn_bias), p.dropout_p, scale)
+        inputs = library.XFORMERS.module().Inputs(*on_gpu, asked.on(CUDA, sent.attn_bias), p.dropout_p, scale)
         inputs.validate_inputs()
         asked_of = (pair.forward, pair.backward) if p.needs_backward else (pair.forward,)
         said[form.kind] = [reason for operator in asked_of for reason in against(operator, inputs)]

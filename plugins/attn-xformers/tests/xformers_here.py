@@ -26,13 +26,13 @@ IS_REAL = importlib.util.find_spec("xformers") is not None
 def xformers_here() -> Iterator[object]:
     """`xformers.ops.fmha`: of the real xFormers, or within it of the double, which leaves nothing behind."""
     if IS_REAL:
-        library.forget()
-        yield import_module(library.FMHA)
+        library.XFORMERS.forget()
+        yield import_module(library.XFORMERS.modules[0])
         return
     with importable(DOUBLE):
-        library.forget()
+        library.XFORMERS.forget()
         try:
-            yield import_module(library.FMHA)
+            yield import_module(library.XFORMERS.modules[0])
         finally:
             _remove()
 
@@ -53,7 +53,7 @@ def installed(
     if metadata:
         fake_distribution(folder, "xformers", version, {}, {}, ())
     with importable(folder):
-        library.forget()
+        library.XFORMERS.forget()
         try:
             yield folder
         finally:
@@ -64,7 +64,7 @@ def installed(
 def _remove() -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "xformers"]:
         del sys.modules[name]
-    library.forget()
+    library.XFORMERS.forget()
     attn_core.refresh()  # what was found of it is not so any more
 
 

@@ -41,7 +41,7 @@ def _finder(name: str) -> Callable[..., Any]:
         why_not = library.unusable(libnatten=False)
         if why_not is not None:
             raise MissingLibraryError(f"{name}: asks NATTEN about its kernels; {why_not.reason}: {why_not.fix}")
-        return getattr(library.natten(), name)(*arguments, **named)
+        return getattr(library.NATTEN.module(), name)(*arguments, **named)
 
     find.__name__ = find.__qualname__ = name
     find.__doc__ = f"NATTEN's `{name}`, with its arguments. Raises MissingLibraryError without NATTEN."

@@ -98,7 +98,9 @@ def __getattr__(name: str) -> bool:
     """HAS_LIBNATTEN: whether an installed NATTEN has its kernels in CUDA, whatever this machine has. Imports it."""
     if name != "HAS_LIBNATTEN":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .library import BrokenLibraryError, unusable
+    from attn_core.errors import BrokenLibraryError
+
+    from .library import unusable
 
     try:
         return unusable(libnatten=True) is None

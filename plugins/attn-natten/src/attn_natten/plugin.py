@@ -13,5 +13,5 @@ from .kernels import KERNELS
 @hookimpl
 def attn_kernels() -> Iterable[Kernel]:
     """The kernels of NATTEN's two families: neighborhood attention (`*-fna`) and dense attention (`*-fmha`)."""
-    library.forget()  # the registry asks again after `refresh()`, as when something was installed
+    library.NATTEN.forget()  # the registry asks again after `refresh()`, as when something was installed
     return KERNELS

@@ -13,5 +13,5 @@ from .kernels import KERNELS
 @hookimpl
 def attn_kernels() -> Iterable[Kernel]:
     """A kernel for each forward operator that xFormers registers, with the backward that goes with it."""
-    library.forget()  # the registry asks again after `refresh()`, as when something was installed
+    library.XFORMERS.forget()  # the registry asks again after `refresh()`, as when something was installed
     return KERNELS

@@ -41,7 +41,7 @@ PAGE = 256
 
 def probe() -> Unusable | None:
     """Whether FlashAttention-2 is there, with its kernels in CUDA."""
-    return library.unusable(library.FA2)
+    return library.FA2.unusable()
 
 
 def refuse(problem: Problem) -> Iterator[Refusal]:
@@ -90,11 +90,11 @@ def _refusals_of_releases(problem: Problem) -> Iterator[Refusal]:
     if capability is not None and capability[0] == 11:
         text = "releases are built for sm_80, sm_90, sm_100 and sm_120, and what these run on"
         yield Refusal("compute_capability", f"{text}, got sm_11{capability[1]}")
-    elif capability is not None and capability >= (10, 0) and library.is_older(library.FA2, "2.7.3"):
-        text = f"flash-attn {library.installed(library.FA2)} was released before there were kernels for sm_100"
+    elif capability is not None and capability >= (10, 0) and library.FA2.is_older("2.7.3"):
+        text = f"flash-attn {library.FA2.installed()} was released before there were kernels for sm_100"
         yield Refusal("compute_capability", f"{text}, got sm_{capability[0]}{capability[1]}; they came with 2.7.3")
     segments = problem.bias is not None and isinstance(problem.bias.mask, Segments)
-    if problem.needs_backward and not segments and library.is_older(library.FA2, "2.8.4"):
+    if problem.needs_backward and not segments and library.FA2.is_older("2.8.4"):
         yield from _refusals_of_long_gradients(problem)
 
 

@@ -35,7 +35,7 @@ BIASES: frozenset[type[AttnBias] | AttnBias] = frozenset({*IN_BACKWARD, KeyPaddi
 
 def probe() -> Unusable | None:
     """Whether FlashAttention-3 is there, with its kernels in CUDA."""
-    return library.unusable(library.FA3)
+    return library.FA3.unusable()
 
 
 def refuse(problem: Problem) -> Iterator[Refusal]:
@@ -47,7 +47,7 @@ def refuse(problem: Problem) -> Iterator[Refusal]:
     if dim != dim_v and not (dim <= 64 or (128 < dim <= 192 and 96 < dim_v <= 128)):
         text = "takes another head_dim_v with head_dim up to 64, or from 136 to 192 with head_dim_v from 104 to 128"
         yield Refusal("head_dim_v", f"{text}, got {dim} with {dim_v}")
-    if problem.return_lse and not has_cache(problem) and not library.takes(library.FA3, FUNCTION, "return_attn_probs"):
+    if problem.return_lse and not has_cache(problem) and not library.FA3.takes(FUNCTION, "return_attn_probs"):
         text = "returns no LSE for dense and packed sequences: its functions have no return_attn_probs"
         yield Refusal("return_lse", f"this release {text}")
 

@@ -44,7 +44,7 @@ COMPLETED = "4.0.0b34"
 
 def probe() -> Unusable | None:
     """Whether FlashAttention-4 is there, with what it is compiled by."""
-    return library.unusable(library.FA4)
+    return library.FA4.unusable()
 
 
 def refuse(problem: Problem) -> Iterator[Refusal]:
@@ -61,12 +61,12 @@ def refuse(problem: Problem) -> Iterator[Refusal]:
     elif problem.needs_backward and dim != dim_v and problem.num_heads != problem.num_kv_heads:
         text = f"takes num_kv_heads equal to num_heads={problem.num_heads} in the backward where head_dim_v is another"
         yield Refusal("backward.gqa", f"{text} than head_dim, got {problem.num_kv_heads} with {dim} and {dim_v}")
-    if library.is_older(library.FA4, COMPLETED):
+    if library.FA4.is_older(COMPLETED):
         yield from _refusals_of_older_betas(problem)
 
 
 def _refusals_of_older_betas(problem: Problem) -> Iterator[Refusal]:
-    here = f"in flash-attn-4 {library.installed(library.FA4)}; {COMPLETED} does"
+    here = f"in flash-attn-4 {library.FA4.installed()}; {COMPLETED} does"
     is_blackwell = problem.compute_capability is not None and problem.compute_capability >= (10, 0)
     dim = problem.head_dim
     if is_blackwell and dim == 256 and masks.asked(problem.bias).is_window:

@@ -21,7 +21,7 @@ from .forms import lengths_of, of_dense, of_packed, window_of
 from .masks import asked
 from .operands import cache_of, slopes_of
 
-_flash: Any = library.module(library.FA2)
+_flash: Any = library.FA2.module()
 
 
 def run(

@@ -19,8 +19,8 @@ from .forms import lengths_of, of_dense, of_packed, window_of
 from .masks import asked
 from .operands import cache_of
 
-_flash: Any = library.module(library.FA3)
-_TELLS_THE_LSE = library.takes(library.FA3, FUNCTION, "return_attn_probs")
+_flash: Any = library.FA3.module()
+_TELLS_THE_LSE = library.FA3.takes(FUNCTION, "return_attn_probs")
 
 
 def run(

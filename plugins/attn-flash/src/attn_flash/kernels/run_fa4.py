@@ -18,7 +18,7 @@ from .forms import lengths_of, of_dense, of_packed, window_of
 from .masks import asked
 from .operands import cache_of
 
-_flash: Any = library.module(library.FA4)
+_flash: Any = library.FA4.module()
 
 
 def run(

@@ -97,7 +97,7 @@ class OfNatten:
         assert isinstance(mask, Neighborhood)
         if finder is None or not _is_there(problem):
             return [OWN]
-        found = [_read(each) for each in getattr(library.natten(), finder)(*_operands(problem, mask))]
+        found = [_read(each) for each in getattr(library.NATTEN.module(), finder)(*_operands(problem, mask))]
         if backward and self.kernel == "natten/cutlass-fna" and is_kv_parallelism_in_fused_na_enabled():
             found = [split for each in found for split in _splits(each, problem, mask, thorough)]
         return list(dict.fromkeys([OWN, *found]))

@@ -90,14 +90,14 @@ def _said(
 def _ask(predicate: str, rank: int, device: torch.device, facts: Facts, causal: bool, varlen: bool) -> str | None:
     """What NATTEN says against it; None where it says nothing."""
     heads, kv_heads, dim, dim_v, dtype, backward = facts
-    function = getattr(library.natten().backends, predicate)
+    function = getattr(library.NATTEN.module().backends, predicate)
     known = inspect.signature(function).parameters
     options: dict[str, Any] = {"torch_compile": False} if "torch_compile" in known else {}
     for name, asked in (("is_causal", causal), ("is_varlen", varlen)):
         if name in known:
             options[name] = asked
         elif asked:
-            return f"natten {library.installed()} has no {name.removeprefix('is_')} attention"
+            return f"natten {library.NATTEN.installed()} has no {name.removeprefix('is_')} attention"
     tokens = (TOKENS,) * rank
     sizes = ((heads, dim), (kv_heads, dim), (kv_heads, dim_v))
     operands = [StandIn((1, *tokens, *size), dtype, device, backward) for size in sizes]

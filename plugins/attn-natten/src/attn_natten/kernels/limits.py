@@ -13,8 +13,8 @@ def refusals(problem: Problem, function: str) -> Iterator[Refusal]:
     """Of every kernel; `function` is the public one that runs it."""
     if problem.scale == 0:
         yield Refusal("scale", "takes a scale other than 0, which NATTEN takes for none given")
-    if problem.return_lse and not library.takes(function, "return_lse"):
-        yield Refusal("return_lse", f"natten {library.installed()} returns none from {function}")
+    if problem.return_lse and not library.NATTEN.takes(function, "return_lse"):
+        yield Refusal("return_lse", f"natten {library.NATTEN.installed()} returns none from {function}")
 
 
 def of_cuda(problem: Problem) -> Iterator[Refusal]:
@@ -22,10 +22,10 @@ def of_cuda(problem: Problem) -> Iterator[Refusal]:
     if problem.scale < 0:  # they mask before they scale, so that -inf turns into +inf
         yield Refusal("scale", f"takes a scale above 0, got {problem.scale}")
     if problem.compiling and not library.has_torch_ops():
-        text = f"the kernels of natten {library.installed()} are no ops of torch here, which a graph could hold"
+        text = f"the kernels of natten {library.NATTEN.installed()} are no ops of torch here, which a graph could hold"
         yield Refusal("compiling", text)
-    if problem.deterministic and problem.needs_backward and not library.is_at_least("0.21.6"):
-        text = f"before natten 0.21.6 its backward is not bit-equal, got natten {library.installed()}"
+    if problem.deterministic and problem.needs_backward and library.NATTEN.is_older("0.21.6"):
+        text = f"before natten 0.21.6 its backward is not bit-equal, got natten {library.NATTEN.installed()}"
         yield Refusal("backward.deterministic", text)
 
 

@@ -15,7 +15,7 @@ from .. import library
 from . import splits
 from .documents import offsets
 
-_attention: Any = library.natten().attention
+_attention: Any = library.NATTEN.module().attention
 
 
 def cutlass(

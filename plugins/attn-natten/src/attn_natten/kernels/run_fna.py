@@ -16,7 +16,7 @@ from ..autotuner.natten_tiles import chosen_options
 from . import splits
 from .windows import axes_of
 
-_natten: Any = library.natten()
+_natten: Any = library.NATTEN.module()
 _FUNCTIONS = {1: _natten.na1d, 2: _natten.na2d, 3: _natten.na3d}
 
 

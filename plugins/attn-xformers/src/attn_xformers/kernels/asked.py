@@ -103,7 +103,7 @@ def on(device: torch.device, attn_bias: Any) -> Any:
 
 def reasons(operator: Any, sent: Sent, dropout_p: float, scale: float | None) -> list[str]:
     """What this operator, a forward or a backward one, has against these operands."""
-    inputs = library.fmha().Inputs(
+    inputs = library.XFORMERS.module().Inputs(
         query=sent.query, key=sent.key, value=sent.value, attn_bias=sent.attn_bias, p=dropout_p, scale=scale
     )
     return list(operator.not_supported_reasons(inputs))

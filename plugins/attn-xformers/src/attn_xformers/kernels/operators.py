@@ -59,7 +59,7 @@ class Operator:
 
     def pair_if_imported(self) -> Pair | None:
         """Its classes, once it was weighed; None before, and where it has none."""
-        if not library.is_imported():
+        if not library.XFORMERS.is_imported():
             return None
         try:
             return _pair(self)
@@ -68,22 +68,22 @@ class Operator:
 
     def probe(self) -> Unusable | None:
         """Why it cannot run here, or None."""
-        found = library.unusable()
+        found = library.XFORMERS.unusable()
         if found is not None:
             return found
         try:
             pair = self.pair()
         except (ImportError, AttributeError):
-            text = f"xformers {library.installed()} has no operator {self.module}.{self.forward}"
+            text = f"{library.XFORMERS} has no operator {self.module}.{self.forward}"
             return Unusable("unavailable", text)
         if not pair.forward.is_available():
             needs = f"; it needs {self.needs}" if self.needs else ""
-            return Unusable("unavailable", f"{pair.forward.NAME} of xformers {library.installed()} is not built{needs}")
+            return Unusable("unavailable", f"{pair.forward.NAME} of {library.XFORMERS} is not built{needs}")
         return library.without_cuda(pair.forward) if "cpu" not in pair.forward.SUPPORTED_DEVICES else None
 
 
 def _pair(operator: Operator) -> Pair:
-    return _found(library.fmha(), operator)
+    return _found(library.XFORMERS.module(), operator)
 
 
 @functools.cache

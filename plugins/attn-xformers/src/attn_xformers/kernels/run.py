@@ -40,7 +40,7 @@ def run(
         query = query.detach().requires_grad_()
     given = asked.scale_of(scale, query.shape[3])
     form, x = chosen(pair, query, key, value, bias, training, dropout_p, given)
-    fmha = library.fmha()
+    fmha = library.XFORMERS.module()
     lse = None
     if return_lse:
         out, lse = fmha.memory_efficient_attention_forward_requires_grad(
