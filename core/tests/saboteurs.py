@@ -391,13 +391,20 @@ def exits(query, key, value, *, scale):
 def hangs(query, key, value, *, scale):
     time.sleep(10_000)
 
+def faults(query, key, value, *, scale):
+    torch.cpu.synchronize = synchronize_after_a_fault  # as a GPU's raises from then on, whatever runs
+    torch.cpu.synchronize()
+
+def synchronize_after_a_fault(device=None):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
 @hookimpl
 def attn_kernels():
     claims = Capabilities(devices={"cpu"}, dtypes={torch.float32}, head_dims={8})
-    for run in (crashes, exits, hangs):
+    for run in (crashes, exits, hangs, faults):
         yield Kernel(name=f"deadly/{run.__name__}", run=run, capabilities=claims)
 """
-DEADLY = ("crashes", "exits", "hangs")
+DEADLY = ("crashes", "exits", "hangs", "faults")
 
 
 @contextmanager

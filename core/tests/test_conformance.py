@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 import attn_core
 import pytest
 import torch
-from attn_core import Backward, Capabilities, InputError, Kernel, UnknownKernelError
+from attn_core import Backward, Capabilities, InputError, InputTypeError, Kernel, UnknownKernelError
 from attn_core.cli import main
 from attn_core.conformance import CHECKS, CheckResult, check_kernel
 from attn_core.conformance.cases import claimed_cases
@@ -211,7 +212,12 @@ def deadly(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "how", "limit"),
-    [("crashes", "SIGABRT", 60.0), ("exits", "exit code 3", 60.0), ("hangs", "did not end within 2 s", 2.0)],
+    [
+        ("crashes", "SIGABRT", 60.0),
+        ("exits", "exit code 3", 60.0),
+        ("hangs", "did not end within 2 s", 2.0),
+        ("faults", "an illegal memory access", 60.0),
+    ],
 )
 def test_a_kernel_that_takes_its_process_with_it_costs_a_row(deadly, name, how, limit, monkeypatch):
     monkeypatch.setattr("attn_core.conformance.isolated.DEATHS", 2)
@@ -257,6 +263,27 @@ def test_in_a_process_of_its_own_the_results_are_the_same():
     inside = check_kernel("torch/math", only="repeats_itself")
     outside = list(check_isolated("torch/math", only="repeats_itself"))
     assert [(r.name, r.status, r.reason) for r in outside] == [(r.name, r.status, r.reason) for r in inside]
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"only": "agree"}, "only: no check is named 'agree'. Did you mean 'agrees'"),
+        ({"device": "gpu"}, "device: takes a type of device, such as 'cpu' or 'cuda', got 'gpu'"),
+        ({"device": "cuda:1"}, "device: nothing can be checked on 'cuda:1': give 'cuda' alone"),
+    ],
+    ids=["unknown check", "unknown device", "one device of several"],
+)
+def test_what_the_kit_cannot_do_is_refused_by_the_name_of_the_argument(given, text):
+    with pytest.raises(InputError, match=re.escape(text)):
+        check_kernel("torch/math", **given)
+    with pytest.raises(InputError, match=re.escape(text)):
+        next(check_isolated("torch/math", **given))
+
+
+def test_what_is_no_kernel_cannot_be_checked():
+    with pytest.raises(InputTypeError, match="kernel: takes a Kernel or the name of one, got <function"):
+        check_kernel(saboteurs.attend)
 
 
 def test_an_unknown_name_is_an_error_before_anything_runs():

@@ -63,7 +63,7 @@ def check(
         attn check --read certificates/hello-sdpa.cpu.json
     """
     from ..conformance.certificate import certificate, write
-    from ..conformance.checks import CHECKS
+    from ..conformance.checks import must_be_known
     from ..conformance.isolated import LONGEST, check_isolated
     from ..conformance.results import NotTestable
     from ..conformance.subject import Subject, must_be_here
@@ -77,9 +77,8 @@ def check(
     kernels = _chosen(names, every)
     if not kernels:
         raise click.UsageError("there are no kernels: `attn plugins` says why")
-    if only is not None and only not in CHECKS:
-        raise click.UsageError(f"--only: no check {only!r}.{suggestion(only, CHECKS)} There are {', '.join(CHECKS)}")
     try:
+        must_be_known(only)
         must_be_here(device)
     except InputError as said:
         raise click.UsageError(f"--{said}") from said

@@ -15,6 +15,15 @@ from .run import every_case, result_of
 from .subject import Subject
 
 
+def has_faulted(device: str) -> bool:
+    """Whether the device answers this process no more: a fault of a GPU stays with it, so another has to go on."""
+    try:
+        torch.get_device_module(device).synchronize()
+    except Exception:  # each backend raises what it likes
+        return True
+    return False
+
+
 def main(kernel: str, device: str, only: str, first: str, pipe: str) -> None:
     def tell(**told: object) -> None:
         os.write(int(pipe), json.dumps(told).encode() + b"\n")
@@ -29,8 +38,9 @@ def main(kernel: str, device: str, only: str, first: str, pipe: str) -> None:
         tell(row=row, check=check.name, case=label, problem=problem)
         result = result_of(subject, check, case)
         tell(row=row, result=result.as_data())
-        if device == "cuda" and not result:
-            torch.cuda.synchronize()  # raises after a fault, which stays with the process: another goes on
+        if not result and has_faulted(device):
+            tell(fault=True)
+            return
     tell(end=True)
 
 

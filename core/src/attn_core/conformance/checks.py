@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from ..errors import InputError, suggestion
 from .cases import Case
 from .subject import Subject
 
@@ -42,6 +43,13 @@ def check(group: str, cases: Cases, fields: Iterable[str] = ()) -> Callable[[_Ru
         return run
 
     return add
+
+
+def must_be_known(name: str | None) -> None:
+    """Raises InputError for what is the name of no check; None names none."""
+    if name is not None and name not in CHECKS:
+        near = suggestion(name, CHECKS) if isinstance(name, str) else ""
+        raise InputError(f"only: no check is named {name!r}.{near} There are {', '.join(CHECKS)}")
 
 
 def once(subject: Subject) -> list[Case]:

@@ -23,6 +23,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..registry import registry
+from .checks import must_be_known
 from .results import CheckResult
 from .subject import must_be_here
 
@@ -44,35 +45,40 @@ def check_isolated(
     Args:
         limit: seconds that one check of one case may take, but for those in which it waits for a core.
 
-    Raises UnknownKernelError for an unknown name, InputError for a limit that is none and for a device that is not
-    here, before anything runs.
+    Raises UnknownKernelError for an unknown name, InputError for an unknown check, a limit that is none and a device
+    that is not here, before anything runs.
     """
     registry.kernel(kernel)
+    must_be_known(only)
     must_be_here(device)
     if not 0 < limit <= LONGEST:
         raise InputError(f"limit: takes seconds above 0, {LONGEST:,.0f} at most, got {limit:g}")
     done = deaths = 0
     while True:
-        started: dict[str, Any] | None = None
+        last: dict[str, Any] = {"row": done, "check": "runs", "case": "", "problem": ""}
+        told_of, faulted = True, False
         with _Child(kernel, device, only, done) as child:
             for told in child.lines(limit):
                 if "result" in told:
-                    started, done = None, told["row"] + 1
+                    told_of, done = True, told["row"] + 1
                     yield CheckResult(**told["result"])
                 elif "row" in told:
-                    started = told
+                    last, told_of = told, False
+                elif "fault" in told:
+                    faulted = True
                 elif "end" in told:
                     return
             reason = child.end()
         deaths += 1
-        row = started or {"row": done, "check": "runs", "case": "", "problem": ""}
-        yield _failed(kernel, row, reason)
-        if started is None:
+        if not told_of:
+            yield _failed(kernel, last, reason)
+            done = last["row"] + 1
+        elif not faulted:
+            yield _failed(kernel, last | {"check": "runs", "case": ""}, reason)
             return  # it does not even list its rows
-        done = row["row"] + 1
         if deaths == DEATHS:
             yield _failed(
-                kernel, row | {"check": "runs", "case": ""}, f"{deaths} processes ended; the rest is not tried"
+                kernel, last | {"check": "runs", "case": ""}, f"{deaths} processes ended; the rest is not tried"
             )
             return
 

@@ -21,7 +21,7 @@ from .cases import Case
 from .checks import Check
 from .results import CheckResult
 from .run import every_case, result_of
-from .subject import Subject, registered
+from .subject import Subject, must_be_a_type, registered
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Row:
 
 
 def rows(kernels: Iterable[Kernel | str], device: str = "cpu") -> Iterator[Row]:
-    """Every row of these kernels. Raises UnknownKernelError for an unknown name."""
+    """Every row of these kernels. Raises UnknownKernelError for an unknown name, InputError for such a device."""
+    must_be_a_type(device)
     for given in kernels:
         kernel = registry.kernel(given) if isinstance(given, str) else given
         subject = Subject(kernel, device)

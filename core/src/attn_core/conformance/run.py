@@ -6,13 +6,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 
+from ..errors import InputTypeError
 from ..kernel import Kernel
 from ..registry import registry
 from . import contract, honesty, manners, numbers, recorded  # noqa: F401  (importing them makes their checks known)
 from .cases import Case
-from .checks import CHECKS, Check
+from .checks import CHECKS, Check, must_be_known
 from .results import CheckFailed, CheckResult, NotTestable, Status
-from .subject import Subject, allowed, registered
+from .subject import Subject, allowed, must_be_a_type, registered
 
 Progress = Callable[[CheckResult], None]
 
@@ -41,10 +42,15 @@ def check_kernel(
         A result per check and case; false where it failed. A kernel that crashes takes this process with it: `attn
         check` runs them in one of their own.
 
-    Raises UnknownKernelError for an unknown name, KeyError for an unknown check.
+    Raises UnknownKernelError for an unknown name, InputError for an unknown check or type of device, InputTypeError for
+    what is no kernel.
     """
     if isinstance(kernel, str):
         kernel = registry.kernel(kernel)
+    if not isinstance(kernel, Kernel):
+        raise InputTypeError(f"kernel: takes a Kernel or the name of one, got {kernel!r}")
+    must_be_known(only)
+    must_be_a_type(device)
     with registered(kernel), allowed(kernel):
         subject, results = Subject(kernel, device), []
         for check, case in every_case(subject, only):

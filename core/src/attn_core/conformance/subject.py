@@ -96,18 +96,23 @@ class Subject:
             raise NotTestable(f"its own limits refuse it: {'; '.join(map(str, refusals))}")
 
 
-def must_be_here(device: str) -> None:
-    """Raises InputError unless it is a type of device, and there is one: else every row would fail, and say nothing."""
+def must_be_a_type(device: str) -> None:
+    """Raises InputError unless it is a type of device that holds numbers."""
     try:
-        known = torch.device(device)
+        known = torch.device(device).type
     except (RuntimeError, TypeError) as error:
         near = suggestion(str(device), DEVICE_TYPES)
         raise InputError(f"device: takes a type of device, such as 'cpu' or 'cuda', got {device!r}.{near}") from error
-    if device != known.type or known.type == "meta":
-        why = "it holds no numbers" if known.type == "meta" else f"give {known.type!r} alone"
+    if device != known or known == "meta":
+        why = "it holds no numbers" if known == "meta" else f"give {known!r} alone"
         raise InputError(f"device: nothing can be checked on {device!r}: {why}")
+
+
+def must_be_here(device: str) -> None:
+    """Raises InputError unless this machine has a device of that type: else every row would fail, and say nothing."""
+    must_be_a_type(device)
     try:
-        torch.empty(1, device=known)
+        torch.empty(1, device=device)
     except Exception as error:  # each backend raises what it likes
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"device: nothing can be checked on {device!r} here: {reason}") from error
