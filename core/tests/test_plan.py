@@ -271,3 +271,56 @@ def test_a_plan_made_without_gradients_is_not_for_operands_that_need_them_later(
         made(*inputs)
     with pytest.raises(PlanError, match="requires_grad: made for False, got True"):
         made(*inputs)
+
+
+# In a graph
+
+IN_GRAPHS = {
+    "none": (lambda: None, {}),
+    "another kernel": (lambda: Causal("top-left"), {"kernel": "torch/tiled"}),
+    "padding": (lambda: KeyPadding([3, 8]), {"kernel": "torch/math"}),
+    "floating tensor": (lambda: torch.randn(6, 8, generator=torch.Generator().manual_seed(2)), {"return_lse": True}),
+}
+
+
+@pytest.mark.parametrize(("make", "options"), IN_GRAPHS.values(), ids=IN_GRAPHS)
+def test_a_plan_is_part_of_a_graph(operands, make, options):
+    inputs = [x.requires_grad_() for x in operands]
+    planned = plan(*inputs, make(), **options)
+    compiled = torch.compile(lambda *x: planned(*x), fullgraph=True, backend="aot_eager")
+    with prefer("torch/reference"):  # what a plan runs was chosen before
+        wanted, got = planned(*inputs), compiled(*inputs)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+    out, wanted_out = (result[0] if isinstance(result, tuple) else result for result in (got, wanted))
+    for ours, theirs in zip(torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(wanted_out.sum(), inputs)):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_a_graph_takes_a_bias_anew(operands):
+    planned = plan(*operands, KeyPadding([3, 8]))
+    compiled = torch.compile(lambda bias, *x: planned(*x, bias), fullgraph=True, backend="eager")
+    for other in (KeyPadding([8, 1]), KeyPadding([5, 5])):
+        torch.testing.assert_close(compiled(other, *operands), attention(*operands, other))
+
+
+@pytest.mark.parametrize("field", ["query.shape", "query.dtype", "query.stride", "requires_grad"])
+def test_a_graph_with_other_operands_is_refused_whenever_they_come(operands, field):
+    planned = plan(*operands)
+    others = [x.clone() if x.is_contiguous() else x for x in OTHERS[field](*operands)]
+    compiled = torch.compile(lambda *x: planned(*x), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*operands), planned(*operands), rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="not those it was made for; make another plan"):
+        compiled(*others)
+    torch.testing.assert_close(compiled(*operands), planned(*operands), rtol=0, atol=0)
+
+
+def test_a_kernel_that_is_not_for_graphs_is_named_in_one(operands):
+    def run(query, key, value, *, scale):
+        return query * 2
+
+    cpu = Capabilities(devices={"cpu"}, dtypes={torch.float32}, head_dims={16}, compile=False)
+    with register(Kernel(name="toy/eager", run=run, capabilities=cpu)):
+        planned = plan(*operands, kernel="toy/eager")
+        assert torch.equal(planned(*operands), operands[0] * 2)
+        with pytest.raises(RuntimeError, match=r"toy/eager cannot be part of a graph .*; call attention there"):
+            torch.compile(lambda *x: planned(*x), fullgraph=True, backend="eager")(*operands)

@@ -7,6 +7,7 @@ for. `unchecked=True` skips that as well, and carries the precondition in its na
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from .record import recording
 from .scope import Settings, current, scope_for
 
 _is_grad_enabled = torch.is_grad_enabled
+_is_tracing = torch.compiler.is_dynamo_compiling
 _current = current.get
 
 
@@ -80,7 +82,8 @@ def plan(
 class Plan:
     """A kernel bound to a problem: `plan(query, key, value)` runs it.
 
-    A bias is part of a plan. One that holds data may be given anew, with the same shape, dtype and device.
+    A bias is part of a plan. One that holds data may be given anew, with the same shape, dtype and device. A plan may
+    be called in a function that torch.compile takes whole; its kernel stays the one that it was made with.
     """
 
     __slots__ = (
@@ -90,6 +93,7 @@ class Plan:
         "_expected",
         "_insisted",
         "_mode",
+        "_no_graph",
         "_run",
         "_settings",
         "kernel",
@@ -116,9 +120,13 @@ class Plan:
         self._mode = mode
         self.kernel: str = run.candidate.kernel.name  # type: ignore[attr-defined]
         self.problem: Problem = run.problem  # type: ignore[attr-defined]
+        seen = replace(run.candidate.problem, compiling=True)  # type: ignore[attr-defined]
+        self._no_graph = "; ".join(map(str, run.candidate.kernel.refusals(seen)))  # type: ignore[attr-defined]
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, bias: AttnBias | Tensor | None = None) -> Any:
         """Runs the plan. Raises PlanError for operands other than it was made for, InputTypeError for no tensors."""
+        if _is_tracing():
+            return self._in_graph(query, key, value, bias)
         # What the guard object does not recognise may fit all the same: it minds whether autocast is on, for one.
         recognised = (self._mode is None or self._mode is _is_grad_enabled()) and self._check(query, key, value)
         if not recognised:
@@ -133,6 +141,18 @@ class Plan:
         except Exception as error:
             explain_failure(self._run, error)
             raise
+
+    def _in_graph(self, query: Tensor, key: Tensor, value: Tensor, bias: AttnBias | Tensor | None) -> Any:
+        """The same where a graph is traced: operands are compared then, which guards them in every call of the graph.
+
+        `record` does not see it, as a plan chooses nothing.
+        """
+        check_tensors(query, key, value)
+        if self._no_graph:
+            raise PlanError(f"plan: {self.kernel} cannot be part of a graph ({self._no_graph}); call attention there")
+        if _seen(query, key, value) != self._expected:
+            raise PlanError("plan: the operands in this graph are not those it was made for; make another plan")
+        return self._run(query, key, value, self._bias if bias is None else self._given(bias))
 
     def explain(self) -> Explanation:
         """What was chosen, and why not the others, by the settings under which the plan was made."""
