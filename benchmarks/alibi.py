@@ -1,12 +1,18 @@
 """ALiBi: what does it save not to write the bias out?
 
-Causal ALiBi on the CPU, float32, forward: (a) `attention(..., Causal() + ALiBi(H))`, by whatever is chosen; (b) the
-same written out once as TensorBias; (c) torch's scaled_dot_product_attention with a mask made by hand, once. (b) and
-(c) have their tensor made outside the timing; (d) makes it within, as a model does that cannot keep one per length.
-Lengths from 512 to 8192. Times take turns in one process and are given as ratios to (c); memory is the peak of a
-process of its own, over what operands and result take, the tensor of (b) and (c) included.
+Causal ALiBi on the CPU, forward, and forward + backward: (a) `attention(..., Causal() + ALiBi(H))`, by whatever is
+chosen; (b) the same written out once as TensorBias, in the operands' dtype; (c) torch's scaled_dot_product_attention
+with a mask made by hand, once. (b) and (c) have their tensor made outside the timing; (d) makes it within, as a model
+does that cannot keep one per length. Times take turns in a process of their own for each point, on two threads, and are
+given as ratios to (c). Memory is the peak of a process of its own over one that holds operands, output and gradients
+alone; the tensor of (b) and (c) is part of it.
 
-    nox -s bench -- alibi [--lengths N ...] [--rounds N] [--json FILE]
+A point is a dtype, heads and a length. By default the lengths go from 512 to 16,384 at bfloat16 and 8 heads, and dtypes
+and heads change at 2,048; where one of the options names any, all that they name are combined. What would not fit into
+memory is left out, and said.
+
+    nox -s bench -- alibi [--lengths N ...] [--heads N ...] [--dtypes NAME ...] [--what forward|both|all]
+                          [--part speed|memory|all] [--rounds N] [--seconds S] [--most GB] [--json FILE]
 """
 
 from __future__ import annotations
@@ -17,108 +23,187 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, astuple, dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
 from attn_core import ALiBi, Causal, TensorBias, attention, explain
-from timing import SEED, Contender, Finding, report, take_turns
+from timing import SEED, Contender, Finding, environment, report, take_turns
 from torch import Tensor
 
-HEADS, DIM = 8, 64
-LENGTHS = (512, 1024, 2048, 4096, 8192)
+DIM, THREADS = 64, 2
+#: Where nothing else is said: one dtype, number of heads and length, about which each is varied.
+DTYPE, HEADS, SEQLEN = "bfloat16", 8, 2048
+DTYPES, MANY_HEADS = ("float32", "float16", "bfloat16"), (8, 16, 32)
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+FORWARD, BOTH = "forward", "forward + backward"
 BY_ATTN, WRITTEN_OUT, BY_HAND, MADE_ANEW = (
     "attention, ALiBi",
     "attention, TensorBias",
     "torch, mask",
     "torch, mask made",
 )
+#: How far results may lie apart that are rounded alike: some steps of the dtype at 1.
+TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
 
 
-def operands(seqlen: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Heads last."""
+@dataclass(frozen=True)
+class Point:
+    """What is asked, of every way alike."""
+
+    dtype: str
+    num_heads: int
+    seqlen: int
+    what: str = FORWARD
+
+    def __str__(self) -> str:
+        return f"{self.dtype}, H {self.num_heads}, S {self.seqlen}, {self.what}"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    @property
+    def pairs(self) -> int:
+        """Numbers in the mask."""
+        return self.num_heads * self.seqlen**2
+
+    def needs(self, name: str) -> tuple[int, str]:
+        """Bytes that a way holds at its worst, beside operands and results, and how they come about."""
+        size = self.torch_dtype.itemsize
+        if name == BY_ATTN:
+            return 0, "no tensor of all pairs"
+        if name == BY_HAND:  # made a head at a time
+            made, text = 3 * 4 * self.seqlen**2, f"3 * 4 * {self.seqlen}^2"
+        else:  # in float32, with what it is computed from
+            made, text = 2 * 4 * self.pairs, f"2 * 4 * {self.num_heads} * {self.seqlen}^2"
+        return self.pairs * size + made, f"{size} * {self.num_heads} * {self.seqlen}^2 + {text} bytes"
+
+
+def points(
+    dtypes: Sequence[str] | None, heads: Sequence[int] | None, lengths: Sequence[int] | None, what: Sequence[str]
+) -> list[Point]:
+    """Those that are named, combined; where none is, each of the three varied by itself."""
+    if dtypes or heads or lengths:
+        combined = product(dtypes or (DTYPE,), heads or (HEADS,), lengths or LENGTHS)
+    else:
+        varied = [(DTYPE, HEADS, seqlen) for seqlen in LENGTHS]
+        varied += [(dtype, HEADS, SEQLEN) for dtype in DTYPES if dtype != DTYPE]
+        varied += [(DTYPE, many, SEQLEN) for many in MANY_HEADS if many != HEADS]
+        combined = iter(varied)
+    return [Point(*chosen, each) for chosen in combined for each in what]
+
+
+def operands(point: Point) -> list[Tensor]:
+    """Query, key and value, heads last, and a gradient to the output."""
     torch.manual_seed(SEED)
-    query, key, value = torch.randn(3, 1, seqlen, HEADS, DIM)
-    return query, key, value
+    *inputs, grad = torch.randn(4, 1, point.seqlen, point.num_heads, DIM).to(point.torch_dtype)
+    return [*(x.requires_grad_(point.what == BOTH) for x in inputs), grad]
 
 
-def mask_by_hand(seqlen: int) -> Tensor:
-    """`[1, HEADS, seqlen, seqlen]`, as models write it."""
-    places = torch.arange(seqlen)
+def mask_by_hand(point: Point) -> Tensor:
+    """`[1, num_heads, seqlen, seqlen]`, as models write it, but with no other tensor of that size beside it."""
+    places = torch.arange(point.seqlen)
     distance = places[:, None] - places
-    slopes = 2.0 ** (-8.0 * torch.arange(1, HEADS + 1) / HEADS)
-    return (-slopes[:, None, None] * distance).masked_fill(distance < 0, float("-inf"))[None]
+    mask = torch.empty(1, point.num_heads, point.seqlen, point.seqlen, dtype=point.torch_dtype)
+    for head in range(point.num_heads):
+        slope = 2.0 ** (-8.0 * (head + 1) / point.num_heads)
+        mask[0, head] = (-slope * distance).masked_fill_(distance < 0, float("-inf"))
+    return mask
 
 
-def ways(seqlen: int) -> dict[str, Callable[[], Callable[[], Tensor]]]:
-    """Name -> what makes the call, its tensor among it."""
-    query, key, value = operands(seqlen)
+def ways(point: Point, inputs: Sequence[Tensor]) -> dict[str, Callable[[], Callable[[], Tensor]]]:
+    """Name -> what makes the call, its tensor among it. A call gives the output; with `BOTH` it has made gradients."""
+    query, key, value, grad = inputs
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     sdpa = torch.nn.functional.scaled_dot_product_attention
+    bias = Causal() + ALiBi(point.num_heads)
 
-    def by_attn() -> Callable[[], Tensor]:
-        bias = Causal() + ALiBi(HEADS)
-        return lambda: attention(query, key, value, bias)
+    def whole(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        if point.what == FORWARD:
+            return call
+
+        def both() -> Tensor:
+            out = call()
+            torch.autograd.grad(out, (query, key, value), grad)
+            return out.detach()
+
+        return both
 
     def written_out() -> Callable[[], Tensor]:
-        bias = TensorBias((Causal() + ALiBi(HEADS)).bind(seqlen, seqlen).materialize())
-        return lambda: attention(query, key, value, bias)
+        dense = TensorBias(bias.bind(point.seqlen, point.seqlen).materialize().to(point.torch_dtype))
+        return whole(lambda: attention(query, key, value, dense))
 
     def by_hand() -> Callable[[], Tensor]:
-        mask = mask_by_hand(seqlen)
-        return lambda: sdpa(q, k, v, mask).transpose(1, 2)
+        mask = mask_by_hand(point)
+        return whole(lambda: sdpa(q, k, v, mask).transpose(1, 2))
 
-    def made_anew() -> Callable[[], Tensor]:
-        return lambda: sdpa(q, k, v, mask_by_hand(seqlen)).transpose(1, 2)
+    return {
+        BY_HAND: by_hand,
+        BY_ATTN: lambda: whole(lambda: attention(query, key, value, bias)),
+        WRITTEN_OUT: written_out,
+        MADE_ANEW: lambda: whole(lambda: sdpa(q, k, v, mask_by_hand(point)).transpose(1, 2)),
+    }
 
-    return {BY_HAND: by_hand, BY_ATTN: by_attn, WRITTEN_OUT: written_out, MADE_ANEW: made_anew}
+
+def fitting(point: Point, names: Sequence[str], most: float) -> tuple[list[str], list[str]]:
+    """The ways that stay below `most` bytes, alone, and a line for each that does not."""
+    fit, left_out = [], []
+    for name in names:
+        needed, text = point.needs(name)
+        if needed <= most:
+            fit.append(name)
+        else:
+            left_out.append(f"{point}: {name}: left out, {text} = {needed / 1e9:.1f} GB, above {most / 1e9:.1f} GB")
+    return fit, left_out
 
 
-def speed(lengths: list[int], rounds: int) -> list[Finding]:
-    """Time of each way over that of torch with a mask that is there already."""
+def speed(point: Point, rounds: int, seconds: float, most: float) -> list[Finding]:
+    """Time of each way over that of torch with a mask that is there already; for all, some `seconds`."""
+    held = point.pairs * point.torch_dtype.itemsize  # by each of those that keep a tensor
+    names = [name for name in (BY_HAND, BY_ATTN, WRITTEN_OUT, MADE_ANEW) if point.needs(name)[0] + held <= most]
+    inputs = operands(point)
+    calls = {name: make() for name, make in ways(point, inputs).items() if name in names}
+    expected = calls[BY_HAND]()
+    tolerance = TOLERANCE[point.dtype]
+    for name, call in calls.items():
+        torch.testing.assert_close(call(), expected, atol=tolerance, rtol=tolerance, msg=lambda m, name=name: name + m)
+    start = time.perf_counter()
+    for call in calls.values():
+        call()
+    once = time.perf_counter() - start
+    rounds = max(1, min(rounds, int(seconds / once)))
+    entered = [
+        Contender(name=name, call=call, over=None if name == BY_HAND else BY_HAND) for name, call in calls.items()
+    ]
+    taken = take_turns(entered, rounds=rounds, calls=1)
+    chosen = explain(*inputs[:3], Causal() + ALiBi(point.num_heads)).chosen
     findings = []
-    for seqlen in lengths:
-        calls = {name: make() for name, make in ways(seqlen).items()}
-        expected = calls[BY_HAND]()
-        for name, call in calls.items():
-            torch.testing.assert_close(call(), expected, atol=1e-5, rtol=1e-5, msg=name)
-        entered = [
-            Contender(name=name, call=call, over=None if name == BY_HAND else BY_HAND) for name, call in calls.items()
-        ]
-        taken = take_turns(entered, rounds=rounds, calls=1)
-        chosen = explain(*operands(seqlen), Causal() + ALiBi(HEADS)).chosen
-        for name in (BY_ATTN, WRITTEN_OUT, MADE_ANEW):
-            ratio = statistics.median(one / other for one, other in zip(taken[name], taken[BY_HAND]))
-            note = f"by {chosen}" if name == BY_ATTN else ""
-            findings.append(Finding(name=f"{seqlen}: {name}", value=ratio, unit="×", note=note))
+    for name in names[1:]:
+        ratio = statistics.median(one / other for one, other in zip(taken[name], taken[BY_HAND]))
+        note = f"by {chosen}; " if name == BY_ATTN else ""
+        findings.append(
+            Finding(name=f"{point}: {name}", value=ratio, unit="× torch, mask", note=f"{note}{rounds} rounds")
+        )
     return findings
 
 
-def memory(lengths: list[int]) -> list[Finding]:
-    """MiB at the peak, over the operands and the result."""
-    findings = []
-    for seqlen in lengths:
-        base = peak(seqlen, None)
-        for name in (BY_ATTN, WRITTEN_OUT, BY_HAND):
-            findings.append(Finding(name=f"{seqlen}: {name}", value=peak(seqlen, name) - base, unit="MiB"))
-    return findings
-
-
-def peak(seqlen: int, name: str | None) -> float:
-    """Peak memory, in MiB, of a process that makes one call; None: that only has operands and a result."""
-    command = [sys.executable, __file__, "--child", json.dumps([seqlen, name])]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(done.stdout)
-
-
-def child(seqlen: int, name: str | None) -> float:
-    """The same, of this process."""
-    for warm in ways(64).values():
+def peak(point: Point, name: str | None) -> float:
+    """The most memory that this process has had, in MiB, after one call; None: with what every call holds alone."""
+    small = Point(point.dtype, point.num_heads, 64, point.what)
+    for warm in ways(small, operands(small)).values():
         warm()()
-    made = ways(seqlen)
-    with torch.no_grad():
-        out = torch.ones(1, seqlen, HEADS, DIM) if name is None else made[name]()()
-    assert out.shape == (1, seqlen, HEADS, DIM)
+    inputs = operands(point)
+    if name is None:
+        results = [torch.ones_like(inputs[0]) for _ in range(4 if point.what == BOTH else 1)]
+        assert len(results) in (1, 4)
+    else:
+        ways(point, inputs)[name]()()
     return highest()
 
 
@@ -133,23 +218,93 @@ def highest() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def memory(point: Point, most: float) -> tuple[list[Finding], list[str]]:
+    """MiB at the peak, over operands, output and gradients; and what was left out."""
+    fit, left_out = fitting(point, (BY_ATTN, WRITTEN_OUT, BY_HAND), most)
+    base = in_process("peak", point, None)
+    findings = [
+        Finding(name=f"{point}: {name}", value=in_process("peak", point, name) - base, unit="MiB") for name in fit
+    ]
+    return findings, left_out
+
+
+def speeds(point: Point, rounds: int, seconds: float, most: float) -> tuple[list[Finding], list[str]]:
+    """`speed` in a process of its own; and what was left out. Nothing without (c), which is what all is compared to."""
+    held = point.pairs * point.torch_dtype.itemsize
+    fit, left_out = fitting(point, (BY_HAND, BY_ATTN, WRITTEN_OUT, MADE_ANEW), most - held)
+    if BY_HAND not in fit:
+        return [], [line for line in left_out if BY_HAND in line]
+    return [Finding(**each) for each in in_process("speed", point, rounds, seconds, most)], left_out
+
+
+def in_process(task: str, point: Point, *rest: object) -> object:
+    """What `child` prints in a process that has run nothing else."""
+    command = [sys.executable, __file__, "--child", json.dumps([task, astuple(point), *rest])]
+    print(f"{task}: {point}{f', {rest[0]}' if task == 'peak' else ''} …", file=sys.stderr, flush=True)
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def child(task: str, point: Sequence[object], *rest: object) -> object:
+    """One task in this process."""
+    asked = Point(*point)  # type: ignore[arg-type]
+    if task == "peak":
+        return peak(asked, *rest)  # type: ignore[arg-type]
+    return [asdict(finding) for finding in speed(asked, *rest)]  # type: ignore[arg-type]
+
+
+def free_memory() -> float:
+    """Bytes that nobody uses now; what cannot be found out is taken for 8 GB."""
+    known = Path("/proc/meminfo")
+    if known.exists():
+        (line,) = (line for line in known.read_text(encoding="ascii").splitlines() if line.startswith("MemAvailable"))
+        return int(line.split()[1]) * 2**10
+    return 8e9
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", help=f"default {' '.join(map(str, LENGTHS))}")
+    parser.add_argument("--heads", type=int, nargs="+", help=f"default {HEADS}")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help=f"default {DTYPE}")
+    parser.add_argument("--what", choices=("forward", "both", "all"), default="all", help="both: forward and backward")
+    parser.add_argument("--part", choices=("speed", "memory", "all"), default="all")
+    parser.add_argument("--rounds", type=int, default=9, help="at most so many of each call, default 9")
+    parser.add_argument("--seconds", type=float, default=10.0, help="and so long for a point, default 10 s")
+    parser.add_argument("--most", type=float, metavar="GB", help="memory of one process; default half of what is free")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(min(THREADS, os.cpu_count() or 1))
     if options.child is not None:
-        print(child(*json.loads(options.child)))
+        print(json.dumps(child(*json.loads(options.child))))
         return
-    with torch.no_grad():
-        sections = {
-            f"time over torch with a mask at hand, H {HEADS}, D {DIM}, causal": speed(options.lengths, options.rounds),
-            "peak memory over operands and result": memory(options.lengths),
-        }
+    for name in ("lengths", "heads"):
+        if any(number < 1 for number in getattr(options, name) or ()):
+            parser.error(f"--{name}: takes numbers from 1 on, got {' '.join(map(str, getattr(options, name)))}")
+    if any(heads & (heads - 1) for heads in options.heads or ()):
+        parser.error(f"--heads: takes powers of 2, as the mask by hand does, got {' '.join(map(str, options.heads))}")
+    what = {"forward": (FORWARD,), "both": (BOTH,), "all": (FORWARD, BOTH)}[options.what]
+    asked = points(options.dtypes, options.heads, options.lengths, what)
+    most = free_memory() / 2 if options.most is None else options.most * 1e9
+    for name, text in environment().items():
+        print(f"{name}: {text}")
+    print(f"threads: {torch.get_num_threads()}; memory of one process at most {most / 1e9:.1f} GB")
+    sections: dict[str, list[Finding]] = {}
+    left_out: list[str] = []
+    for part, title in (("speed", f"time, causal, D {DIM}"), ("memory", "peak memory over operands and results")):
+        if options.part not in (part, "all"):
+            continue
+        sections[title] = []
+        for point in asked:
+            if part == "speed":
+                found, lines = speeds(point, options.rounds, options.seconds, most)
+            else:
+                found, lines = memory(point, most)
+            sections[title] += found
+            left_out += [f"{part}: {line}" for line in lines]
     report(sections, options.json)
+    for line in left_out:
+        print(line)
 
 
 if __name__ == "__main__":
