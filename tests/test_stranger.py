@@ -136,7 +136,7 @@ def stranger(tmp_path_factory):
     build_and_install(project)
 
     def attn(*arguments, **more):
-        command = [str(bin_ / "attn"), *arguments]
+        command = [str(bin_ / "attn"), *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, cwd=outside, env=environment | more, check=False)
 
     def host(**more):
@@ -183,14 +183,18 @@ def test_it_is_chosen_for_what_it_declares_and_every_answer_is_right(whole):
     )
 
 
-def test_it_is_certified_by_the_command(stranger):
-    for check in ("a_query_without_keys_gets_zeros", "refuses_what_it_does_not_claim"):
-        done = stranger.attn("check", "hello", "--only", check)
-        assert done.returncode == 0, done.stdout + done.stderr
-        [row] = [line for line in done.stdout.splitlines() if "hello/attend" in line]
-        passed, failed = row.split("│")[2:4]
-        assert int(passed) > 0
-        assert int(failed) == 0
+def test_it_is_certified_by_the_command_and_the_certificate_holds_there(stranger):
+    done = stranger.attn("check", "hello", "--out", "certificates")
+    assert done.returncode == 0, done.stdout + done.stderr
+    path = stranger.outside / "certificates" / "hello-attend.cpu.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    assert (data["granted"], data["failures"]) == (True, [])
+    assert (data["distribution"], data["version"]) == ("attn-hello", "0.1.0")
+    assert {"dtypes: float32", "biases: Mask", "head_dims: 64", "backward"} <= set(data["claims"])
+    assert set(data["claims"].values()) == {"proven"}
+    assert "attn-hello 0.1.0 holds what it declares, on cpu" in path.with_suffix(".md").read_text(encoding="utf-8")
+    read = stranger.attn("check", "--read", path)
+    assert read.returncode == 0, read.stdout + read.stderr
 
 
 def test_its_own_tests_pass(stranger):

@@ -449,6 +449,25 @@ def test_a_limit_that_is_none_is_an_error_before_anything_runs():
         next(check_isolated("torch/math", limit=float("nan")))
 
 
+def test_the_command_checks_all_that_is_ready_and_says_why_the_rest_is_not(monkeypatch):
+    asked = []
+
+    def noted(name, **_):
+        asked.append(name)
+        return [row("agrees", "passed" if name != "torch/math" else "failed", reason="off")]
+
+    monkeypatch.setattr("attn_core.conformance.isolated.check_isolated", noted)
+    done = CliRunner().invoke(main, ["check", "--all"])
+    on_cpu = [kernel.name for kernel in attn_core.kernels() if attn_core.is_available(kernel.name)]
+    assert [name for name in asked if name.startswith("torch/")] == [n for n in on_cpu if n.startswith("torch/")]
+    assert done.exit_code == 1, "torch/math has failed"
+    shown = " ".join(done.output.split())
+    assert all(kernel.name in shown for kernel in attn_core.kernels("torch/*"))
+    assert "failed: good/attend agrees: off" in shown
+    if "torch/cudnn" not in on_cpu:
+        assert "unavailable" in shown
+
+
 def test_a_certificate_that_cannot_be_written_after_all_fails_and_the_rest_is_told(monkeypatch, tmp_path):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -508,6 +527,17 @@ def test_pytest_runs_the_kit_on_chosen_kernels(tmp_path):
     assert "3 passed" in done.stdout
     done = pytest_run(*kit, "--attn-plugin", "nobody", cwd=tmp_path)
     assert "no kernel of plugin ['nobody']" in done.stdout + done.stderr
+
+
+def test_pytest_runs_a_test_of_ones_own_on_each_chosen_kernel_and_says_which_they_are(tmp_path):
+    (tmp_path / "test_mine.py").write_text("def test_it(attn_kernel):\n    assert attn_kernel.plugin == 'torch'\n")
+    mine = ["-v", "-p", "attn_core.testing.plugin", "test_mine.py"]
+    done = pytest_run(*mine, "--attn-kernel", "torch/ma*", "--attn-kernel", "torch/ref*", cwd=tmp_path)
+    assert "attn: 2 kernels on cpu: torch/math, torch/reference" in done.stdout
+    assert "2 passed" in done.stdout
+    done = pytest_run(*mine, "--attn-device", "gpu", cwd=tmp_path)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "--attn-device: takes a type of device, such as 'cpu' or 'cuda', got 'gpu'" in done.stdout + done.stderr
 
 
 def test_an_expected_failure_must_fail_and_must_exist():

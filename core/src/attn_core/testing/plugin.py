@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from ..errors import InputError
 from ..kernel import Kernel
 from ..registry import registry
 
@@ -25,7 +26,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def chosen(config: pytest.Config) -> list[Kernel]:
-    """The kernels that the options name. Raises pytest.UsageError where they name none."""
+    """The kernels that the options name. Raises pytest.UsageError where they name none, or no device."""
+    from ..conformance.subject import must_be_here
+
+    try:
+        must_be_here(config.getoption("--attn-device"))
+    except InputError as error:
+        raise pytest.UsageError(f"--attn-{error}") from error
     plugins, patterns = config.getoption("--attn-plugin"), config.getoption("--attn-kernel")
     found = [
         kernel
