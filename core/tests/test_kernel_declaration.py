@@ -346,6 +346,7 @@ WRONG_IN_KERNEL = {
     "skips holds a value": ({"skips": {Causal("top-left")}}, "skips: must hold kinds of AttnBias"),
     "skips is a word": ({"skips": "Causal"}, "skips: must hold kinds of AttnBias, got 'Causal'"),
     "refuse is a list": ({"refuse": []}, r"refuse: must be a function or None, got \[\]"),
+    "calls_sdpa is a word": ({"calls_sdpa": "no"}, "calls_sdpa: must be True or False, got 'no'"),
     "probe is a word": ({"probe": "flash_attn"}, "probe: must be a function or None, got 'flash_attn'"),
 }
 

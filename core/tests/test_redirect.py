@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +14,16 @@ import torch
 import torch.nn.functional as F
 from attn_core import (
     ANY_DIM,
+    AttnBias,
+    Capabilities,
     IntegrationWarning,
+    Kernel,
     KernelRefusedError,
     TensorBias,
     UnknownKernelError,
     attention,
     record,
+    register,
     register_sdpa,
 )
 from attn_core.integrations.torch import disable, enable, is_enabled, redirect_sdpa, redirection
@@ -395,6 +400,7 @@ DOORS = {
     "attention": lambda q, k, v: attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2),
     "scaled_dot_product_attention": attn_core.scaled_dot_product_attention,
     "plan": lambda q, k, v: attn_core.plan(q, k, v, layout="heads-first")(q, k, v),
+    "unchecked-plan": lambda q, k, v: attn_core.plan(q, k, v, layout="heads-first", unchecked=True)(q, k, v, None),
 }
 
 
@@ -438,6 +444,140 @@ def test_so_does_one_in_a_compiled_graph():
         with attn_core.prefer("mine/traced"), redirect_sdpa():  # by the other door
             compiled = torch.compile(lambda *x: attention(*x), fullgraph=True, backend=counter)
             assert compiled(q, k, v).shape == q.shape
+
+
+@follows_when_compiled
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS.keys())
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_so_does_one_that_is_compiled_itself(door):
+    counter = CompileCounterWithBackend("eager")
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def inner(query, key, value):
+        return F.scaled_dot_product_attention(query, key, value)
+
+    @register_sdpa("mine/compiled", devices={"cpu"}, dtypes={torch.float32}, head_dims=ANY_DIM)
+    def compiled(query, key, value, *, scale=None):
+        return inner(query, key, value)
+
+    q, k, v = operands()
+    enable(prefer="torch/math")
+    with compiled, attn_core.prefer("mine/compiled"):
+        assert torch.equal(door(q, k, v), STOCK(q, k, v))
+    assert ops(counter) == ["scaled_dot_product_attention"]
+    inner(q, k, v)  # the same function, by itself
+    assert ops(counter) == ["_scaled_dot_product_attention_math"]
+
+
+@follows_when_compiled
+@pytest.mark.parametrize("region", ["plain", "checkpointed"])
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_so_does_one_of_a_plan_in_a_compiled_graph(region):
+    @register_sdpa("mine/planned", devices={"cpu"}, dtypes={torch.float32}, head_dims=ANY_DIM, compile=True)
+    def again(query, key, value, *, scale=None):
+        return F.scaled_dot_product_attention(query, key, value, scale=scale) + 1
+
+    q, k, v = operands()
+    with again:
+        planned = attn_core.plan(q, k, v, layout="heads-first", kernel="mine/planned")
+        enable(prefer="mine/planned")
+
+        def model(*x):
+            return planned(*x) if region == "plain" else checkpoint(planned, *x, use_reentrant=False)
+
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        assert torch.allclose(compiled(q, k, v), STOCK(q, k, v) + 1, atol=ATOL)
+
+
+def test_so_does_a_probe_and_what_a_bias_brings_as_its_own_call():
+    inner = []
+
+    def attend(query, key, value, **options):
+        with record() as calls:
+            out = F.scaled_dot_product_attention(query, key, value)
+        inner.append(calls.kernels)
+        return out
+
+    def probe():
+        attend(q, k, v)
+
+    class Own(AttnBias):
+        def materialize(self, device=None):
+            raise AssertionError("it brings its own call")
+
+        def needs_materialization(self):
+            return False
+
+        @staticmethod
+        def dispatch(query, key, value, attn_bias, causal, scale, dropout_p):
+            return attend(query, key, value)
+
+    q, k, v = operands()
+    cpu = Capabilities(devices={"cpu"}, dtypes={torch.float32}, head_dims=ANY_DIM)
+    probed = Kernel(name="mine/probed", run=lambda query, key, value, *, scale: query, capabilities=cpu, probe=probe)
+    enable()
+    with register(probed):
+        sdpa(q, k, v)
+    assert torch.equal(attn_core.scaled_dot_product_attention(q, k, v, Own()), STOCK(q, k, v))
+    assert torch.equal(sdpa(q, k, v, Own()), STOCK(q, k, v))
+    assert inner == [{}] * 3
+
+
+def test_a_kernel_that_raises_leaves_redirection_as_it_was():
+    @register_sdpa("mine/raises", devices={"cpu"}, dtypes={torch.float32}, head_dims=ANY_DIM)
+    def raises(query, key, value, *, scale=None):
+        F.scaled_dot_product_attention(query, key, value)
+        raise ArithmeticError("out of order")
+
+    q, k, v = operands()
+    with raises, redirect_sdpa(prefer="torch/math"):
+        for call in (lambda: attention(q, k, v, kernel="mine/raises"), lambda: DOORS["attention"](q, k, v)):
+            with attn_core.prefer("mine/raises"), pytest.raises(ArithmeticError):
+                call()
+            assert kernels_of(sdpa, q, k, v) == {"torch/math": 1}
+
+
+def test_while_a_kernel_runs_in_one_thread_the_others_are_redirected():
+    q, k, v = operands()
+    seen = []
+
+    def work(context):
+        seen.append(context.run(kernels_of, sdpa, q, k, v))
+
+    @register_sdpa("mine/slow", devices={"cpu"}, dtypes={torch.float32}, head_dims=ANY_DIM)
+    def slow(query, key, value, *, scale=None):
+        with ThreadPoolExecutor(1) as pool:  # of the same context, too: what it runs is not the kernel
+            pool.submit(work, contextvars.copy_context()).result()
+        seen.append(kernels_of(sdpa, query, key, value))
+        return query
+
+    enable(prefer="torch/math")
+    with slow:
+        attention(q, k, v, kernel="mine/slow")
+    assert seen == [{"torch/math": 1}, {}]
+
+
+def test_a_task_that_a_kernel_begins_is_redirected_when_it_runs():
+    q, k, v = operands()
+
+    async def later():
+        return kernels_of(sdpa, q, k, v)
+
+    tasks = []
+
+    @register_sdpa("mine/begins", devices={"cpu"}, dtypes={torch.float32}, head_dims=ANY_DIM)
+    def begins(query, key, value, *, scale=None):
+        tasks.append(asyncio.get_running_loop().create_task(later()))
+        return query
+
+    async def main():
+        sdpa(q, k, v)
+        return await tasks[0]
+
+    with begins:
+        enable(prefer="mine/begins")
+        first = asyncio.run(main())
+    assert first == {"mine/begins": 1}
 
 
 # torch.compile

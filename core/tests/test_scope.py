@@ -462,6 +462,32 @@ def test_attn_allow_lets_it_be_chosen_everywhere(rough, monkeypatch):
     assert mirrored() == ((), False)
 
 
+def test_a_scope_that_was_entered_before_follows_the_variables_after_refresh(monkeypatch):
+    again = prefer("torch/math")
+    with again:
+        assert mirror.said.prefer == ("torch/math",)
+    monkeypatch.setenv("ATTN_PREFER", "torch/reference")
+    refresh()
+    with again:
+        assert mirror.said.prefer == ("torch/math", "torch/reference")
+    monkeypatch.undo()
+    refresh()
+    with again:
+        assert mirror.said.prefer == ("torch/math",)
+
+
+def test_scopes_entered_in_turn_from_one_and_one_from_several_are_each_their_own():
+    one, other = prefer("torch/math"), prefer("torch/reference")
+    for _ in range(2):
+        for scope, name in ((one, "torch/math"), (other, "torch/reference")):
+            with scope:
+                assert chosen() == ran() == name
+        with prefer("torch/flash"):
+            for scope, name in ((one, "torch/math"), (other, "torch/reference")):
+                with scope:
+                    assert mirror.said.prefer == (name, "torch/flash")
+
+
 def test_refresh_leaves_open_scopes_as_they_are(monkeypatch):
     with prefer("torch/reference"):
         monkeypatch.setenv("ATTN_PREFER", "torch/math")

@@ -81,7 +81,7 @@ def _wrong_in_kernel(given: Any) -> list[str]:
     skips = given.skips
     if isinstance(skips, str) or not isinstance(skips, Collection) or not all(map(_is_kind, skips)):
         wrong.append(f"skips: must hold kinds of AttnBias, got {skips!r}")
-    return wrong
+    return wrong + _wrong_flags(given, ("calls_sdpa",))
 
 
 def _wrong_members(name: str, given: Any, kind: type, what: str) -> list[str]:

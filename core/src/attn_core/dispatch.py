@@ -27,6 +27,7 @@ from .problem import Problem
 from .recognise import recogniser
 from .record import STOCK, recording
 from .registry import registry
+from .running import as_kernel, marked
 from .scope import Choice, Scope, current
 from .select import Candidate, check_strict, choose, with_plain_lengths
 from .tracing import constant
@@ -119,6 +120,7 @@ def look_up(scope: Scope, asked: Any, looked_at: tuple[Tensor, ...]) -> Bound | 
     return None
 
 
+@as_kernel()
 def choose_anew(
     scope: Scope,
     query: Tensor,
@@ -169,7 +171,7 @@ def by_methods(scope: Scope, bias: AttnBias, options: Options) -> Bound:
     def dispatching(query: Tensor, key: Tensor, value: Tensor, bias: Any) -> Any:
         return dispatched(as_bias(bias), query, key, value, scale, dropout_p, door == ATTENTION, door != SDPA)
 
-    run: Bound = dispatching
+    run = marked(dispatching)
     if scope.recorders:
         run = recording(run, scope.recorders, name_of(bias), None, reason=REASON)
     return counting(run, scope.usages, NAMES[door])
@@ -183,7 +185,7 @@ def calling_with(made: Callable[[Tensor, Any], AttnBias | None], options: Option
         bias = made(query, bias)
         return call(door, query, key, value, bias, scale, softcap, dropout_p, return_lse, kernel)
 
-    return calling
+    return marked(calling)
 
 
 def counting(run: Bound, usages: tuple[Usage, ...], door: str) -> Bound:
@@ -231,6 +233,8 @@ def decide(scope: Scope, query: Tensor, key: Tensor, value: Tensor, bias: AttnBi
     bound_call = bind(
         run_of_kernel, layout_of(candidate.kernel), candidate.steps, problem, bound, heads, candidate.kernel.prepare
     )
+    if candidate.kernel.calls_sdpa:
+        bound_call = marked(bound_call)
     if isinstance(bound, TensorBias) and not isinstance(bias, TensorBias):  # a sum, say, whose mask masks nothing here
         bound_call = simplified(bound_call, bound.bound_lengths())
     if cast_to is not None:
@@ -318,9 +322,9 @@ def handed_to_torch(scope: Scope, door: int, scale: float | None, dropout_p: flo
     def stock(query: Tensor, key: Tensor, value: Tensor, bias: Any) -> Any:
         return stock_sdpa(door, query, key, value, bias, scale, dropout_p, reason)
 
-    run: Bound = stock
+    run = marked(stock)
     if scope.recorders:
-        run = recording(stock, scope.recorders, STOCK, None, reason=reason)
+        run = recording(run, scope.recorders, STOCK, None, reason=reason)
     return _made_for(run, None, None)
 
 

@@ -57,6 +57,9 @@ class Kernel:
         prepare: called once per choice with the problem as the kernel sees it; may answer a function
             `(query, key, value, bias)` that does for just this problem what `run` would do, its branches settled
             beforehand. None: `run` is called. A few microseconds of Python matter at small sizes.
+        calls_sdpa: whether it may call torch's scaled_dot_product_attention, which is left to torch where such calls
+            are redirected: it runs with a mark then, some 0.2 microseconds. False: neither `run` nor what `prepare`
+            answers ever does.
 
     Raises DeclarationError where name, layout or the signature of `run` do not fit what is declared.
     """
@@ -71,6 +74,7 @@ class Kernel:
     skips: Collection[type[AttnBias]] = ()
     work: Callable[[Problem], Work | None] | None = None
     prepare: Callable[[Problem], Bound | None] | None = None
+    calls_sdpa: bool = True
 
     def __post_init__(self) -> None:
         plugin, slash, rest = self.name.partition("/") if isinstance(self.name, str) else ("", "", "")

@@ -91,6 +91,8 @@ class Scope(dict[Any, tuple[Choice, ...]]):
         #: The scopes entered from here, by what entered them: deriving settings is paid once. Those that are watched
         #: are nobody else's; the others are kept where every scope of their settings is found.
         self.within: MutableMapping[Any, Scope] = {} if self.watched else WeakValueDictionary()
+        #: The latest of them with what entered it, for whoever enters at every call.
+        self.latest_within: tuple[Any, Scope | None] = (None, None)
         with _lock:
             _alive[id(self)] = self
 
@@ -113,6 +115,7 @@ class Scope(dict[Any, tuple[Choice, ...]]):
         """Asks the environment again, at next use."""
         self._settings, self.usages, self.watched = None, (), False
         self.within.clear()
+        self.latest_within = (None, None)
 
     def keep(self, asked: Any, place: Any, choice: Choice, generation: int) -> None:
         """Stores a choice made at that generation of the registry, dropping the oldest where the table is full.
@@ -248,9 +251,16 @@ class _ScopeContext:
 
     def scope_within(self, outer: Scope) -> Scope:
         """The scope that entering this from `outer` leads to."""
-        scope = outer.within.get(self._key)
-        if scope is not None:  # an empty one is falsy
+        key, scope = outer.latest_within
+        if scope is not None and key is self._key:
             return scope
+        scope = outer.within.get(self._key)
+        if scope is None:  # an empty one is falsy
+            scope = self._made_within(outer)
+        outer.latest_within = self._key, scope
+        return scope
+
+    def _made_within(self, outer: Scope) -> Scope:
         said = self._derive(outer.settings.said)
         settings = replace(outer.settings, prefer=said.prefer, only=said.only, allow=frozenset(said.allow))
         scope = scope_for(settings, outer.recorders, outer.usages)

@@ -25,6 +25,7 @@ def as_data(kernel: Kernel) -> dict[str, Any]:
         "fix": condition.fix,
         "layout": kernel.layout,
         "run": kernel.run if isinstance(kernel.run, str) else f"{kernel.run.__module__}:{kernel.run.__qualname__}",
+        "calls_sdpa": kernel.calls_sdpa,
         "has_irregular_limits": kernel.refuse is not None,
         "skips": plain(kernel.skips),
         "costs": {device: plain(kernel.costs[device]) for device in sorted(kernel.costs)},

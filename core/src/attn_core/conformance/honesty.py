@@ -8,13 +8,14 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ..bias import AttnBias, Causal, KeyPadding, Paged, PrefixLM, TensorBias, Window
 from ..capabilities import ANY_DIM, Backward, Capabilities, Refusal, covers
 from ..errors import KernelRefusedError
 from ..problem import Problem
 from .cases import Case, changed, sizes_of
-from .checks import check, once
+from .checks import a_few, check, once
 from .results import CheckFailed, NotTestable
 from .subject import SEED, Subject, deterministic
 
@@ -170,6 +171,32 @@ def _adaptable(subject: Subject, problem: Problem) -> bool:
     from ..select import consider
 
     return consider(registry, subject.kernel, problem, current.get().settings).takes
+
+
+@check("honesty", a_few)
+def never_calls_sdpa_where_it_says_so(subject: Subject, case: Case) -> None:
+    """Declared with `calls_sdpa=False`, its forward does not reach F.scaled_dot_product_attention."""
+    if subject.kernel.calls_sdpa:
+        raise NotTestable("it does not declare calls_sdpa=False")
+    subject.must_take(case)
+    inputs = case.inputs(SEED)
+    stock, calls = F.scaled_dot_product_attention, 0
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return stock(*args, **kwargs)
+
+    F.scaled_dot_product_attention = counting
+    try:
+        subject.run(inputs)
+    finally:
+        F.scaled_dot_product_attention = stock
+    if calls:
+        raise CheckFailed(
+            "it declares calls_sdpa=False, and calls F.scaled_dot_product_attention: where that is redirected, it would"
+            " be called by itself without end"
+        )
 
 
 @check("honesty", once)

@@ -57,6 +57,7 @@ KERNEL = Kernel(
         min_compute_capability=(8, 0),
     ),
     layout="heads-first",
+    calls_sdpa=False,
     refuse=refuse,
     probe=probe,
     costs={"cuda": Cost(call=25e-6, pair_dim=7e-15, pair=0.2e-12, token_dim=1e-12)},

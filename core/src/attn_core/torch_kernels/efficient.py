@@ -81,6 +81,7 @@ KERNEL = Kernel(
         min_compute_capability=(5, 0),
     ),
     layout="heads-first",
+    calls_sdpa=False,
     refuse=refuse,
     probe=probe,
     costs={"cuda": Cost(call=15e-6, pair_dim=16e-15, pair=0.6e-12, token_dim=1e-12, mask=2e-12)},

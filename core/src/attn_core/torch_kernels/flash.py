@@ -150,6 +150,7 @@ KERNEL = Kernel(
     run=run,
     capabilities=(ON_CPU, ON_CUDA),
     layout="heads-first",
+    calls_sdpa=False,
     refuse=refuse,
     prepare=prepare,
     costs={

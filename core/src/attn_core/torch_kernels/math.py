@@ -52,6 +52,7 @@ KERNEL = Kernel(
         empty_lengths=True,
     ),
     layout="heads-first",
+    calls_sdpa=False,
     costs={
         "cpu": Cost(
             call=8.83e-05,

@@ -24,8 +24,6 @@ from ...tracing import constant
 from .redirection import (
     Asked,
     Options,
-    inside,
-    inside_kernel,
     inside_traced_kernel,
     say_not_exported,
     say_stock,
@@ -59,14 +57,22 @@ def redirecting_sdpa(
                 return _stock(original, args, kwargs)
             return _traced(asked, *args, **kwargs)
         options = options_of()
-        if options is None or inside_kernel():
+        if options is None:
             return _stock(original, args, kwargs)
         recorder = stays_stock(*args[:3])
         if recorder is not None:
             say_stock(recorder)
             return _stock(original, args, kwargs)
-        with inside(options):
+        prefer = options.prefer
+        if prefer is None:
             return _eager(*args, **kwargs)
+        # Less than entering it, which every call would pay for: nobody but this call can leave it. Graphs are not told:
+        # what is compiled within a kernel is not redirected.
+        outer = current.set(prefer.scope_within(current.get()))
+        try:
+            return _eager(*args, **kwargs)
+        finally:
+            current.reset(outer)
 
     scaled_dot_product_attention.__doc__ = original.__doc__
     scaled_dot_product_attention.__prepare_scriptable__ = lambda: _scriptable(options_of)  # type: ignore[attr-defined]

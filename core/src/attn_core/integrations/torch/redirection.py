@@ -9,32 +9,25 @@ Forced by two facts:
 
 from __future__ import annotations
 
-import sys
 import threading
 import warnings
 from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...dispatch import call
 from ...errors import IntegrationWarning
-from ...plan import Plan
-from ...scope import current, reflect
+from ...running import MARKED, running
 from ...scope import prefer as prefer_scope
 from ...tracing import constant
 
 _is_exporting = torch.compiler.is_exporting
 _tracing_state = torch._C._get_tracing_state
 
-#: Functions beneath which a kernel runs.
-_CALL, _PLANNED = call.__code__, Plan.__call__.__code__
-
-#: What a graph is told: (patterns, strict). None: nothing was asked, False: asked to leave torch's alone.
+#: What a graph is told: (patterns, strict).
 Asked = tuple[tuple[str, ...], bool]
 
 
@@ -53,7 +46,7 @@ class Entered:
 
     __slots__ = ("open", "options", "outer", "owner")
 
-    def __init__(self, options: Options | None, outer: Entered | None, owner: object = None) -> None:
+    def __init__(self, options: Options, outer: Entered | None, owner: object) -> None:
         self.options = options
         self.outer = outer
         self.owner = owner
@@ -64,7 +57,7 @@ class Mirror(threading.local):
     """What this thread asked, as a traced graph can read it."""
 
     def __init__(self) -> None:
-        self.asked: Asked | bool | None = None
+        self.asked: Asked | None = None
 
 
 class Process:
@@ -82,12 +75,12 @@ class Process:
 process = Process()
 mirror = Mirror()
 _here: ContextVar[Entered | None] = ContextVar("attn_redirected", default=None)
-#: While a redirected call runs: a kernel that calls torch's attention itself gets torch's.
-_INSIDE = Entered(None, None)
 
 
 def options_here() -> Options | None:
-    """How an eager call of this task is redirected; None where it is not."""
+    """How an eager call of this task is redirected; None where it is not, as within a kernel."""
+    if running.kernel:
+        return None
     entered = _here.get()
     while entered is not None:
         if entered.open:
@@ -98,10 +91,10 @@ def options_here() -> Options | None:
 
 def asked_here() -> Asked | None:
     """The same for code that is being traced."""
+    if running.kernel:
+        return None
     asked = mirror.asked
-    if asked is None:
-        return process.asked
-    return None if asked is False else asked  # type: ignore[return-value]
+    return process.asked if asked is None else asked
 
 
 def enter(owner: object, options: Options) -> None:
@@ -129,48 +122,7 @@ def _reflect() -> None:
     entered = _here.get()
     while entered is not None and not entered.open:
         entered = entered.outer
-    mirror.asked = None if entered is None else False if entered.options is None else entered.options.asked
-
-
-class inside:  # noqa: N801  (reads as a state: `with inside(options)`)
-    """While a redirected call runs: torch's attention is torch's, and the kernels are chosen as `options` say."""
-
-    __slots__ = ("_asked", "_outer", "_prefer", "_token")
-
-    def __init__(self, options: Options) -> None:
-        self._prefer = options.prefer
-
-    def __enter__(self) -> None:
-        if self._prefer is not None:
-            # Less than entering it, which every call would pay for: nobody but this call can leave it.
-            scope = self._prefer.scope_within(current.get())
-            self._outer = current.set(scope)
-            reflect(scope)
-        self._token = _here.set(_INSIDE)
-        self._asked = mirror.asked
-        mirror.asked = False
-
-    def __exit__(self, *raised: Any) -> None:
-        mirror.asked = self._asked
-        _here.reset(self._token)
-        if self._prefer is not None:
-            current.reset(self._outer)
-            reflect(current.get())
-
-
-def inside_kernel() -> bool:
-    """Whether this thread runs a kernel that was called at a door of attn's own, such as `attention`.
-
-    Such a call does not say that it runs, which every one would have to pay for; the stack does, and only calls that
-    are redirected look.
-    """
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        code = frame.f_code
-        if code is _CALL or code is _PLANNED:
-            return True
-        frame = frame.f_back
-    return False
+    mirror.asked = None if entered is None else entered.options.asked
 
 
 def traced_scope(asked: Asked) -> AbstractContextManager[Any]:
@@ -192,7 +144,7 @@ def inside_traced_kernel() -> bool:
 
     tracer: Any = InstructionTranslator.current_tx().output.current_tx
     while tracer is not None:
-        if tracer.f_code is traced.__code__:
+        if tracer.f_code is traced.__code__ or tracer.f_code is MARKED:
             return True
         tracer = getattr(tracer, "parent", None)
     return False

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...errors import InputError
+from ...running import running
 from .installation import Functions
 from .reach import beneath, calls_attn, calls_super, function_of, is_attention, methods, package_of, reaches, resolves
 from .redirection import Asked, Options
@@ -27,11 +28,11 @@ _always = Options()
 
 
 def _options() -> Options | None:
-    return _always
+    return None if running.kernel else _always
 
 
 def _asked() -> Asked | None:
-    return _always.asked
+    return None if running.kernel else _always.asked
 
 
 class Swap:
