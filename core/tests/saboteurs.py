@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from attn_core import (
     ANY_DIM,
     Backward,
@@ -47,6 +48,8 @@ def attend(query, key, value, *, bias=None, scale, softcap=None, dropout_p=0.0, 
         with _in_the_default_stream(query.device.type):
             options = {"softcap": softcap, "dropout_p": dropout_p, "return_lse": return_lse}
             return attend(query, key, value, bias=bias, scale=scale, **options)
+    if wrong == "SDPA called":
+        F.scaled_dot_product_attention(query, query, query)
     dtype, head_dim = query.dtype, query.shape[-1]
     seqlen_kv = key.shape[1]
     if wrong == "scale dropped":
@@ -210,7 +213,7 @@ CLAIMS = Capabilities(
     deterministic=True,
     strided_head_dim=True,
 )
-GOOD = Kernel(name="good/attend", run=attend, capabilities=CLAIMS)
+GOOD = Kernel(name="good/attend", run=attend, capabilities=CLAIMS, calls_sdpa=False)
 #: Of kinds that few kernels take, and of one dtype and size, since these are not what it is about.
 RARE = replace(
     CLAIMS,
@@ -360,6 +363,9 @@ SABOTEURS |= {
     ),
     "refuses without a word": Saboteur(
         replace(GOOD, name="sabotage/silent", refuse=_refuse_silently), "its_reasons_can_be_read"
+    ),
+    "calls SDPA and denies it": Saboteur(
+        replace(_wrong("SDPA called"), calls_sdpa=False), "never_calls_sdpa_where_it_says_so"
     ),
     "its limits raise": Saboteur(
         replace(GOOD, name="sabotage/raises", refuse=_refuse_by_raising), "its_reasons_can_be_read"
