@@ -350,6 +350,8 @@ def test_the_same_argument_as_none_is_no_error(name):
     [
         ("position_ids", torch.arange(5)),
         ("use_cache", True),
+        ("return_dict", True),
+        ("logits_to_keep", 0),
         ("num_items_in_batch", torch.tensor(3)),
         ("output_attentions", False),
         ("cu_seq_lens_q", torch.tensor([0, 5])),

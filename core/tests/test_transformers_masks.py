@@ -334,7 +334,11 @@ def test_a_version_that_is_not_tested_gets_dense_masks(monkeypatch):
     integration._is_tested.cache_clear()
     integration.enable()
     try:
-        assert host.ALL_MASK_ATTENTION_FUNCTIONS["attn"] is host.sdpa_mask
+        config = transformers.MistralConfig(**CONFIG)
+        config._attn_implementation = "attn"
+        got = host.ALL_MASK_ATTENTION_FUNCTIONS["attn"](**asked("window of 3"), config=config)
+        assert type(got) is torch.Tensor
+        assert torch.equal(got, host.sdpa_mask(**asked("window of 3")))
     finally:
         integration.disable()
         integration._is_tested.cache_clear()

@@ -115,6 +115,12 @@ def in_its_module(text: str) -> str:
     return f"{name} ({kind}): {text}" if name else f"{kind}: {text}"
 
 
+def modules_at_hand() -> list[nn.Module]:
+    """The modules that are running, the innermost first; then those that the tracer of a graph could name."""
+    traced = _traced()
+    return [*_running()[::-1], *(traced[3] if traced is not None else ())]
+
+
 def _running() -> list[nn.Module]:
     """The modules with a method on the Python stack, the outermost first."""
     modules: list[nn.Module] = []

@@ -32,6 +32,7 @@ from ...errors import InputError, IntegrationWarning
 from ..hosts import HOSTS, check_version
 from ..in_scope import in_scope, scope_of
 from ..missing import MissingPackageError, need
+from .eager_only import is_for_eager_alone
 from .forward import HARMLESS, PACKED, UNSUPPORTED, attention_forward
 from .masks import structured_mask
 from .stand_in import Forward, stand_in
@@ -116,7 +117,7 @@ def enable(
                 " another"
             )
         before = _before(attentions, masks)
-        mask = _mask_function(before[1])
+        mask = _mask_function(before[1], masks["eager"])
         _register(own, in_scope(forward, scope), mask, None)
         if name is None:
             standing_in = stand_in(forward, before[0], harmless, _is_standing_in)
@@ -186,16 +187,22 @@ def _is_standing_in() -> bool:
     return STOCK_NAME in _enabled
 
 
-def _mask_function(stock: Callable[..., Any]) -> Callable[..., Any]:
+def _mask_function(stock: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
     """The host's, or one that gives structure, where the host is a version whose words are known here."""
-    if not _is_tested():
-        return stock
+    is_tested = _is_tested()
 
     def mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:
         # The host hands its mask function for "sdpa" to kernels of the hub, too: theirs are dense.
-        if args or getattr(config, "_attn_implementation", None) not in _enabled:
+        name = getattr(config, "_attn_implementation", None)
+        if name not in _enabled:
             return stock(*args, config=config, **kwargs)
-        return structured_mask(stock, config=config, **kwargs)
+        made = stock
+        if name != STOCK_NAME and is_for_eager_alone(config):
+            made, kwargs = eager, {**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        if args or not is_tested:
+            return made(*args, config=config, **kwargs)
+        floating = None if made is stock else kwargs.get("dtype", torch.float32)
+        return structured_mask(made, config=config, floating=floating, **kwargs)
 
     return mask
 

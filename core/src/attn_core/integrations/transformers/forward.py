@@ -11,16 +11,19 @@ from torch import Tensor
 from ...bias import AttnBias, Causal, TensorBias
 from ...errors import InputError
 from ...functional import attention
+from .eager_only import is_for_eager_alone
 from .masks import LazyMask
 
 #: Bookkeeping of the host, without any bearing on the result of attention.
 HARMLESS = frozenset(
     {
         "cache_position",
+        "logits_to_keep",
         "num_items_in_batch",
         "output_hidden_states",
         "output_router_logits",
         "position_ids",
+        "return_dict",
         "use_cache",
     }
 )
@@ -62,7 +65,8 @@ def attention_forward(
     """The attention function, as transformers calls it.
 
     Args:
-        module: the attention layer; its `is_causal` (True where it has none) counts where the argument is None.
+        module: the attention layer; its `is_causal` (True where it has none) counts where the argument is None, but
+            in a model that is made for "eager" alone, which asks the mask alone.
         query: `[batch, num_heads, seqlen_q, head_dim]`.
         key: `[batch, num_kv_heads, seqlen_kv, head_dim]`, heads not repeated.
         value: `[batch, num_kv_heads, seqlen_kv, head_dim_v]`.
@@ -89,7 +93,7 @@ def attention_forward(
     seqlen_q, seqlen_kv = query.shape[2], key.shape[2]
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    causal = seqlen_q > 1 and attention_mask is None and is_causal
+    causal = seqlen_q > 1 and attention_mask is None and is_causal and not _asks_the_mask_alone(module)
     if causal and seqlen_kv > seqlen_q:
         # The first call with a cache of fixed size: what lies behind is not written yet. Causal from the top left, no
         # query sees it.
@@ -116,6 +120,13 @@ def attention_forward(
         dropout_p=dropout,
     )
     return out.contiguous(), None
+
+
+def _asks_the_mask_alone(module: torch.nn.Module) -> bool:
+    """Whether the layer is of a model that is made for "eager" alone, where `is_causal` has no say."""
+    config = getattr(module, "config", None)
+    name = getattr(config, "_attn_implementation", None)
+    return name is not None and name != "sdpa" and is_for_eager_alone(config)
 
 
 def refusal(kwargs: dict[str, Any], harmless: Collection[str], attention_mask: object) -> str | None:

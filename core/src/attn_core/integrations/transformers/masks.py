@@ -32,7 +32,10 @@ Parts = dict[str, dict[str, Any]]
 
 
 class LazyMask(Tensor):
-    """A boolean mask `[batch, 1, seqlen_q, seqlen_kv]` that knows what it means, until somebody looks inside."""
+    """A mask `[batch, 1, seqlen_q, seqlen_kv]` that knows what it means, until somebody looks inside.
+
+    Boolean, or floating where the model is to have the masks of "eager".
+    """
 
     _meaning: AttnBias | None
     _write: Callable[[], Tensor]
@@ -40,13 +43,27 @@ class LazyMask(Tensor):
     _touched: bool
 
     @staticmethod
-    def __new__(cls, meaning: AttnBias | None, write: Callable[[], Tensor], size: Any, device: Any) -> LazyMask:
-        """`meaning` None: nothing is masked. `write` gives the dense tensor, of that size and on that device."""
-        mask: LazyMask = torch.Tensor._make_wrapper_subclass(cls, size, dtype=torch.bool, device=device)
+    def __new__(
+        cls,
+        meaning: AttnBias | None,
+        write: Callable[[], Tensor],
+        size: Any,
+        device: Any,
+        dtype: torch.dtype = torch.bool,
+    ) -> LazyMask:
+        """`meaning` None: nothing is masked. `write` gives the dense tensor, of that size and dtype, on that device."""
+        mask: LazyMask = torch.Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device=device)
         mask._meaning, mask._write, mask._dense, mask._touched = meaning, write, None, False
         return mask
 
-    def __init__(self, meaning: AttnBias | None, write: Callable[[], Tensor], size: Any, device: Any) -> None:
+    def __init__(
+        self,
+        meaning: AttnBias | None,
+        write: Callable[[], Tensor],
+        size: Any,
+        device: Any,
+        dtype: torch.dtype = torch.bool,
+    ) -> None:
         super().__init__()
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -108,19 +125,21 @@ def structured_mask(
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
     device: torch.device | str = "cpu",
+    floating: torch.dtype | None = None,
     **others: Any,
 ) -> Tensor | None:
     """The mask that transformers asks for: a LazyMask, None where none is needed, or what `stock` gives.
 
     Args:
-        stock: the host's mask function for its "sdpa"; asked where the mask is small, traced, or says something that is
-            not known here.
+        stock: the host's mask function for its "sdpa", or for "eager"; asked where the mask is small, traced, or says
+            something that is not known here.
         batch_size, q_length, kv_length: sizes of the mask.
         q_offset, kv_offset: positions of the first query and the first key.
         mask_function: the rule, made of transformers' own functions.
         attention_mask: `[batch, seqlen]`, True where a token is.
         allow_is_causal_skip, allow_is_bidirectional_skip: None may say "causal", "nothing is masked".
         device: of the mask.
+        floating: the dtype of what `stock` gives; None: it is boolean.
         others: for `stock`.
     """
     sizes: dict[str, Any] = {
@@ -170,7 +189,8 @@ def structured_mask(
     if there is not None:
         meaning = TensorBias(there[:, None, None, :]) if rule is None else present(there) & rule
     dense_skips = dict.fromkeys(skips, False)
-    return LazyMask(meaning, lambda: write(**dense_skips), (batch_size, 1, q_length, kv_length), device)  # type: ignore[arg-type,return-value]
+    size, dtype = (batch_size, 1, q_length, kv_length), floating or torch.bool
+    return LazyMask(meaning, lambda: write(**dense_skips), size, device, dtype)  # type: ignore[arg-type,return-value]
 
 
 def _is_present(b: Tensor, h: Tensor, q: Tensor, k: Tensor, there: Tensor) -> Tensor:
