@@ -7,7 +7,7 @@ does that cannot keep one per length. Times take turns in a process of their own
 given as ratios to (c). Memory is the peak of a process of its own over one that holds operands, output and gradients
 alone; the tensor of (b) and (c) is part of it.
 
-A point is a dtype, heads and a length. By default the lengths go from 512 to 16,384 at bfloat16 and 8 heads, and dtypes
+A point is a dtype, heads and a length. By default the lengths go from 512 to 8,192 at bfloat16 and 8 heads, and dtypes
 and heads change at 2,048; where one of the options names any, all that they name are combined. What would not fit into
 memory is left out, and said.
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -31,14 +32,14 @@ from pathlib import Path
 
 import torch
 from attn_core import ALiBi, Causal, TensorBias, attention, explain
-from timing import SEED, Contender, Finding, environment, report, take_turns
+from timing import SEED, Finding, environment, report
 from torch import Tensor
 
 DIM, THREADS = 64, 2
 #: Where nothing else is said: one dtype, number of heads and length, about which each is varied.
 DTYPE, HEADS, SEQLEN = "bfloat16", 8, 2048
 DTYPES, MANY_HEADS = ("float32", "float16", "bfloat16"), (8, 16, 32)
-LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+LENGTHS = (512, 1024, 2048, 4096, 8192)  # with 16,384, whose calls take a minute, by --lengths
 FORWARD, BOTH = "forward", "forward + backward"
 BY_ATTN, WRITTEN_OUT, BY_HAND, MADE_ANEW = (
     "attention, ALiBi",
@@ -46,6 +47,8 @@ BY_ATTN, WRITTEN_OUT, BY_HAND, MADE_ANEW = (
     "torch, mask",
     "torch, mask made",
 )
+#: Rounds, however long they take: of fewer, a median says nothing.
+LEAST = 3
 #: How far results may lie apart that are rounded alike: some steps of the dtype at 1.
 TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
 
@@ -169,19 +172,22 @@ def speed(point: Point, rounds: int, seconds: float, most: float) -> list[Findin
     names = [name for name in (BY_HAND, BY_ATTN, WRITTEN_OUT, MADE_ANEW) if point.needs(name)[0] + held <= most]
     inputs = operands(point)
     calls = {name: make() for name, make in ways(point, inputs).items() if name in names}
-    expected = calls[BY_HAND]()
-    tolerance = TOLERANCE[point.dtype]
+    outs: dict[str, Tensor] = {}
     for name, call in calls.items():
-        torch.testing.assert_close(call(), expected, atol=tolerance, rtol=tolerance, msg=lambda m, name=name: name + m)
-    start = time.perf_counter()
-    for call in calls.values():
-        call()
-    once = time.perf_counter() - start
-    rounds = max(1, min(rounds, int(seconds / once)))
-    entered = [
-        Contender(name=name, call=call, over=None if name == BY_HAND else BY_HAND) for name, call in calls.items()
-    ]
-    taken = take_turns(entered, rounds=rounds, calls=1)
+        timed(name, call, outs)  # what a process does once
+    tolerance = TOLERANCE[point.dtype]
+    for name, out in outs.items():
+        torch.testing.assert_close(
+            out, outs[BY_HAND], atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    once = sum([timed(name, call, outs) for name, call in calls.items()])
+    rounds = max(LEAST, min(rounds, int(seconds / once)))
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    chance, order = random.Random(SEED), list(calls)
+    for _ in range(rounds):
+        chance.shuffle(order)
+        for name in order:
+            taken[name].append(timed(name, calls[name], outs))
     chosen = explain(*inputs[:3], Causal() + ALiBi(point.num_heads)).chosen
     findings = []
     for name in names[1:]:
@@ -191,6 +197,13 @@ def speed(point: Point, rounds: int, seconds: float, most: float) -> list[Findin
             Finding(name=f"{point}: {name}", value=ratio, unit="× torch, mask", note=f"{note}{rounds} rounds")
         )
     return findings
+
+
+def timed(name: str, call: Callable[[], Tensor], outs: dict[str, Tensor]) -> float:
+    """Seconds of a call, whose output is kept."""
+    start = time.perf_counter()
+    outs[name] = call()
+    return time.perf_counter() - start
 
 
 def peak(point: Point, name: str | None) -> float:
@@ -269,7 +282,9 @@ def main() -> None:
     parser.add_argument("--what", choices=("forward", "both", "all"), default="all", help="both: forward and backward")
     parser.add_argument("--part", choices=("speed", "memory", "all"), default="all")
     parser.add_argument("--rounds", type=int, default=9, help="at most so many of each call, default 9")
-    parser.add_argument("--seconds", type=float, default=10.0, help="and so long for a point, default 10 s")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help=f"and so long for a point but for {LEAST} rounds, default 10 s"
+    )
     parser.add_argument("--most", type=float, metavar="GB", help="memory of one process; default half of what is free")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--child", help=argparse.SUPPRESS)

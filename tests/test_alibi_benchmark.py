@@ -41,10 +41,10 @@ def test_every_way_means_the_same(alibi, dtype, what):
 
 def test_without_options_dtypes_heads_and_lengths_are_varied_one_at_a_time(alibi):
     found = alibi.points(None, None, None, (alibi.FORWARD,))
-    assert {point.seqlen for point in found} == {512, 1024, 2048, 4096, 8192, 16384}
+    assert {point.seqlen for point in found} == {512, 1024, 2048, 4096, 8192}
     assert {point.dtype for point in found} == {"float32", "float16", "bfloat16"}
     assert {point.num_heads for point in found} == {8, 16, 32}
-    assert len(found) == len(set(found)) == 10
+    assert len(found) == len(set(found)) == 9
 
 
 def test_options_are_combined(alibi):
