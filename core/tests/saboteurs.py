@@ -63,7 +63,9 @@ def attend(query, key, value, *, bias=None, scale, softcap=None, dropout_p=0.0, 
     if bias is not None and bias.paged is not None:
         key, value, bias = _in_a_row(key, value, bias, wrong)
         seqlen_kv = key.shape[1]
-    if bias is not None and wrong not in ("padding read", "tails of pages read"):
+    padding_read = wrong in ("padding read", "tails of pages read")
+    padding_read = padding_read or (wrong == "padding within blocks read" and isinstance(bias, BlockMask))
+    if bias is not None and not padding_read:
         valid = bias.valid_keys(key.device)
         if valid is not None:
             key, value = (torch.where(valid[:, :, None, None], x, 0) for x in (key, value))
@@ -328,6 +330,7 @@ SABOTEURS |= {
         "tails of pages read": "never_reads_padding",
         "prefix not seen": "agrees",
         "within asked in full blocks": "agrees",
+        "padding within blocks read": "never_reads_padding",
     }.items()
 }
 #: Where there is no CUDA device, with a double of its streams.

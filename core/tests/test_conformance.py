@@ -16,7 +16,28 @@ from pathlib import Path
 import attn_core
 import pytest
 import torch
-from attn_core import Backward, Capabilities, InputError, InputTypeError, Kernel, UnknownKernelError
+from attn_core import (
+    ALiBi,
+    Backward,
+    BlockMask,
+    Cached,
+    Capabilities,
+    Causal,
+    InputError,
+    InputTypeError,
+    Intersection,
+    Kernel,
+    KeyPadding,
+    Neighborhood,
+    Paged,
+    PrefixLM,
+    RelPosTable,
+    Segments,
+    Sum,
+    TensorBias,
+    UnknownKernelError,
+    Window,
+)
 from attn_core.cli import main
 from attn_core.conformance import CHECKS, CheckResult, check_kernel
 from attn_core.conformance.cases import claimed_cases
@@ -39,6 +60,13 @@ def load(name):
 streams_doubled = load("streams_doubled")
 rude_plugins = load("rude_plugins")
 saboteurs = load("saboteurs")
+
+
+#: Those that can be declared and stand for themselves.
+KINDS = (ALiBi, BlockMask, Cached, Causal, Intersection, KeyPadding, Neighborhood, Paged, PrefixLM, RelPosTable)
+KINDS += (Segments, Sum, TensorBias, Window)
+#: On one key, these are simpler ones, or none.
+NOTHING_ON_ONE_KEY = (Intersection,)
 
 
 def told(results):
@@ -192,6 +220,30 @@ def test_what_is_declared_makes_the_problems():
     assert all(problem.num_heads == problem.num_kv_heads and problem.bias is None for problem in problems)
     assert max(problem.seqlen_q for problem in problems) > 65_535
     assert not any(problem.requires_grad or problem.return_lse for problem in problems)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_every_kind_of_bias_is_tried_on_one_query_on_two_and_on_one_key(kind):
+    capabilities = replace(saboteurs.CLAIMS, biases={kind, *(() if kind is not Sum else (Window, TensorBias))})
+    cases = claimed_cases(Kernel(name="good/kind", run=saboteurs.attend, capabilities=capabilities), "cpu")
+    lengths = {(c.problem.seqlen_q, c.problem.seqlen_kv) for c in cases if c.proves == f"biases: {kind.__name__}"}
+    if kind in (Neighborhood, RelPosTable):  # of as many queries as keys, and of one there is nothing to mask or learn
+        assert (7, 7) in lengths
+    elif kind is Paged:
+        assert (1, 512) in lengths
+    else:
+        assert {1, 2, 7} <= {seqlen_q for seqlen_q, _ in lengths}
+        assert 1 in {seqlen_kv for _, seqlen_kv in lengths} or kind in NOTHING_ON_ONE_KEY
+
+
+def test_padding_within_blocks_is_tried_where_blocks_are_cut_off():
+    kernel = Kernel(
+        name="good/blocks", run=saboteurs.attend, capabilities=replace(saboteurs.CLAIMS, biases={BlockMask})
+    )
+    padded = [case.bias for case in claimed_cases(kernel, "cpu") if case.bias is not None and case.bias.has_padding]
+    assert {bias.full is None for bias in padded} == {True, False}
+    assert any(bias.lengths[1] % bias.block_size[1] for bias in padded)
+    assert any(not bool(bias.valid_keys().all()) for bias in padded)
 
 
 def test_a_kernel_that_declares_nothing_for_the_device_is_not_judged():

@@ -48,6 +48,8 @@ BATCH, HEADS, SEQLEN, SEQLEN_KV = 2, 6, 33, 47
 SEQLEN_LONG = 165
 #: (seqlen_q, seqlen_kv) on which each bias is tried.
 LENGTHS = ((SEQLEN, SEQLEN), (SEQLEN, SEQLEN_KV), (SEQLEN_KV, SEQLEN), (SEQLEN_LONG, SEQLEN_LONG))
+#: Those on which the first of each kind is tried as well: the lengths of decoding, and a single key.
+LENGTHS_SHORT = ((1, SEQLEN_KV), (2, 7), (7, 1), (7, 7))
 #: Those for Paged: seqlen_kv is whole pages, of sizes that kernels have.
 LENGTHS_PAGED = ((SEQLEN, 64), (1, 512))
 PAGE_SIZES = (1, 16, 64, 128, 256)
@@ -199,12 +201,13 @@ def _biases(capabilities: Capabilities, base: Problem) -> Iterator[Case]:
         name = declared.__name__ if isinstance(declared, type) else repr(declared)
         for seqlen_q, seqlen_kv in _lengths_for(declared):
             problem = replace(base, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv)
+            short = (seqlen_q, seqlen_kv) in LENGTHS_SHORT
             seen: set[object] = set()  # on equal lengths both corners are one
             for bias in examples(declared, problem, trains):
                 bound = bias.bind(seqlen_q, seqlen_kv).normalize()
-                if bound is None or (not bound.holds_data and bound.key in seen):
+                if bound is None or (not bound.holds_data and bound.key in seen) or (short and _kind(bound) in seen):
                     continue
-                seen.add(bound.key)
+                seen |= {bound.key, _kind(bound)}
                 yield Case(
                     label=f"bias {bias!r} on {seqlen_q} x {seqlen_kv}",
                     proves=f"biases: {name}",
@@ -215,7 +218,14 @@ def _biases(capabilities: Capabilities, base: Problem) -> Iterator[Case]:
 
 
 def _lengths_for(declared: BiasKind) -> tuple[tuple[int, int], ...]:
-    return LENGTHS_PAGED if declared is Paged else LENGTHS
+    if declared is Paged:
+        return LENGTHS_PAGED
+    return LENGTHS + LENGTHS_SHORT if isinstance(declared, type) else LENGTHS
+
+
+def _kind(bias: AttnBias) -> object:
+    """To a kernel, tensors of truth values or of integers and those of numbers are two kinds."""
+    return type(bias), tuple(tensor.is_floating_point() for tensor in bias.held().values())
 
 
 def _given(bias: AttnBias) -> AttnBias | None:
@@ -249,10 +259,10 @@ def examples(declared: BiasKind, problem: Problem, trains: bool) -> Iterator[Att
     if declared in (BlockMask, Mask, AttnBias):
         yield from _blocks(problem)
     if declared in (Neighborhood, Mask, AttnBias) and equal:
-        yield Neighborhood(seqlen_q, kernel_size=7)
-        yield Neighborhood(seqlen_q, kernel_size=3, dilation=5)
-        yield Neighborhood((seqlen_q // 3, 3), kernel_size=(4, 3), stride=(3, 1), dilation=(2, 1))
-        yield Neighborhood((3, seqlen_q // 3), kernel_size=3, is_causal=(True, False))
+        if seqlen_q < SEQLEN:
+            yield Neighborhood(seqlen_q, kernel_size=4, stride=3)
+        else:
+            yield from _neighborhoods(seqlen_q)
     if declared in (Segments, Mask, AttnBias):
         first = min(seqlen_q, seqlen_kv) // 3
         of_q, of_kv = [first, 1, seqlen_q - first - 1], [1, seqlen_kv - first - 1, first]
@@ -283,19 +293,31 @@ def examples(declared: BiasKind, problem: Problem, trains: bool) -> Iterator[Att
         yield Causal("top-left") + TensorBias(torch.empty(problem.num_heads, seqlen_q, seqlen_kv, device="meta"))
 
 
+def _neighborhoods(seqlen: int) -> Iterator[Neighborhood]:
+    yield Neighborhood(seqlen, kernel_size=7)
+    yield Neighborhood(seqlen, kernel_size=3, dilation=5)
+    yield Neighborhood((seqlen // 3, 3), kernel_size=(4, 3), stride=(3, 1), dilation=(2, 1))
+    yield Neighborhood((3, seqlen // 3), kernel_size=3, is_causal=(True, False))
+
+
 def _blocks(problem: Problem) -> Iterator[BlockMask]:
-    """Blocks that no tile is made of; the first row of them is masked, so that queries see nothing."""
+    """Blocks that no tile is made of; of several rows of them the first is masked, so that queries see nothing."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(*sizes: int) -> torch.Tensor:
         of_q, of_kv = (-(-seqlen // size) for seqlen, size in zip((problem.seqlen_q, problem.seqlen_kv), sizes[-2:]))
         blocks = torch.rand(*sizes[:-2], of_q, of_kv, generator=generator) > 0.4
-        blocks[..., 0, :] = False
+        if blocks.shape[-2] > 1:
+            blocks[..., 0, :] = False
         return blocks
 
     yield BlockMask(drawn(16, 16), 16)
-    blocks, full = drawn(problem.batch, problem.num_heads, 12, 20), drawn(problem.batch, 1, 12, 20)
-    yield BlockMask(blocks, (12, 20), full=full, within=Causal("bottom-right"))
+    per_head, full = drawn(problem.batch, problem.num_heads, 12, 20), drawn(problem.batch, 1, 12, 20)
+    # What is padding by the mask within is so here, but where a full block sees it; the last blocks are cut off.
+    padded = KeyPadding([problem.seqlen_kv * (b + 1) // (problem.batch + 1) for b in range(problem.batch)])
+    yield BlockMask(drawn(12, 20), (12, 20), within=padded)
+    yield BlockMask(per_head, (12, 20), full=full, within=Causal("bottom-right"))
+    yield BlockMask(per_head, (12, 20), full=full, within=padded)
 
 
 def _pages(problem: Problem) -> Iterator[Paged]:
