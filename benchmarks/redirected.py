@@ -14,6 +14,7 @@ Training step: a round has one by each way, each compared with stock in its own 
 
 Stock takes part twice: what its copy differs by is noise. The first call of a scope, in which the kernel is chosen, is
 left out: a model is redirected once and then run. A limit holds where the upper end of the interval is below it.
+Interrupted (Ctrl-C), the forward is reported with what was taken until then.
 
     nox -s bench -- redirected [--only "forward"|"training step"] [--rounds N] [--json FILE]
 """
@@ -212,6 +213,8 @@ def by_blocks(rounds: int) -> list[Finding]:
             redirected = range(2 - first, len(took) - 1, 2)
             longer[name].append([took[i] - (took[i - 1] + took[i + 1]) / 2 for i in redirected])
             stock += took[1 - first :: 2]
+    except KeyboardInterrupt:
+        print("interrupted: what was taken until now")
     finally:
         gc.enable()
     block = statistics.median(stock)
@@ -293,9 +296,7 @@ def main() -> None:
     print("  ".join(f"{key} {value}" for key, value in environment().items()))
     chosen = [(kind, options.rounds or rounds) for kind, rounds in ROUNDS.items() if options.only in (None, kind)]
     sections = {
-        f"{kind} of ViT-S, batch 1, {rounds} {'forwards' if kind == 'forward' else 'rounds'}": (
-            by_blocks(rounds) if kind == "forward" else by_turns(kind, rounds)
-        )
+        f"{kind} of ViT-S, batch 1": (by_blocks(rounds) if kind == "forward" else by_turns(kind, rounds))
         for kind, rounds in chosen
     }
     report(sections, options.json)
