@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attn_core import ALiBi, Causal, Neighborhood, RelPosTable, Segments, Window, attention
-from attn_core.torch_kernels.tiling import traced, traced_scores
+from attn_core.torch_kernels.tiling.written import put_together, taken_apart
 
 NAME = "torch/tiled"
 HEADS = 4
@@ -75,7 +75,7 @@ def test_a_graph_has_one_op_and_gives_what_eager_does_with_gradients(name, built
         grads = [torch.autograd.grad(out.square().sum() + lse.sin().sum(), wanted) for out, lse in (got, want)]
         torch.testing.assert_close(*grads)
     assert len(graphs.ops) <= 2
-    assert all(len(ops) == 1 and "tiled_scores" in ops[0] for ops in graphs.ops)
+    assert all(len(ops) == 1 and ops[0].startswith("attn_core.tiled") for ops in graphs.ops)
 
 
 @pytest.mark.parametrize("name", ["slopes", "plane"])
@@ -115,11 +115,9 @@ def test_the_op_declares_what_it_does(name):
     make, hold, lengths = KINDS[name]
     bias = make(None if hold is None else hold()).bind(lengths[0], lengths[0]).normalize()
     inputs = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in operands(lengths[0])]
-    held = [tensor.detach().requires_grad_() for tensor in bias.held().values()]
-    rules = traced_scores.written(tuple(traced_scores._parameters(rule) for rule in bias.scores))
-    found = torch.library.opcheck(
-        torch.ops.attn_core.tiled_scores.default, (*inputs, held, traced.as_text(bias.mask), rules, 0.3)
-    )
+    text, held = taken_apart(bias)
+    held = [tensor.detach().requires_grad_() for tensor in held]
+    found = torch.library.opcheck(torch.ops.attn_core.tiled.default, (*inputs, held, text, 0.3))
     assert set(found.values()) == {"SUCCESS"}
 
 
@@ -127,5 +125,4 @@ def test_the_op_declares_what_it_does(name):
 def test_rules_are_read_as_they_were_written(name):
     make, hold, lengths = KINDS[name]
     bias = make(None if hold is None else hold()).bind(lengths[0], lengths[0])
-    text = traced_scores.written(tuple(traced_scores._parameters(rule) for rule in bias.scores))
-    assert traced_scores.read_scores(text, list(bias.held().values()), bias.lengths).rules == bias.scores
+    assert put_together(*taken_apart(bias), 2, HEADS, bias.lengths) == bias

@@ -16,7 +16,7 @@ Nothing here is imported with attn_core, and torch is told nothing until somebod
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -25,10 +25,8 @@ import torch
 from torch import Tensor
 
 from .torch_kernels import varlen
-from .torch_kernels.tiling import (
-    traced,
-    traced_scores,  # noqa: F401  (importing it makes its ops known)
-)
+from .torch_kernels.tiling import traced
+from .torch_kernels.tiling.written import NOTHING
 
 Formula = Callable[..., int]
 
@@ -57,8 +55,6 @@ def _of_the_cpu() -> dict[Any, Formula]:
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _dense_backward,
         own.tiled: _tiled,
         own.tiled_backward: _tiled_backward,
-        own.tiled_scores: _tiled_scores,
-        own.tiled_scores_backward: _tiled_scores_backward,
     }
 
 
@@ -100,15 +96,15 @@ def _dense_backward(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor,
     return _backward(_pairs(query, key), query.shape[-1], value.shape[-1])
 
 
-def _pairs(query: Tensor, key: Tensor, mask: str = traced.NO_MASK) -> float:
+def _pairs(query: Tensor, key: Tensor, held: Sequence[Tensor] = (), text: str = NOTHING) -> float:
     batch, heads, seqlen_q, _ = query.shape
-    read = traced.read(mask, (seqlen_q, key.shape[2]))
-    return batch * heads * (seqlen_q * key.shape[2] if read is None else read.pairs())
+    bias = traced.bias_of(text, held, query, key)
+    return batch * heads * (seqlen_q * key.shape[2] if bias is None else bias.pairs())
 
 
 @_raw
-def _tiled(query: Tensor, key: Tensor, value: Tensor, mask: str, *rest: Any, **options: Any) -> int:
-    return _forward(_pairs(query, key, mask), query.shape[-1], value.shape[-1])
+def _tiled(query: Tensor, key: Tensor, value: Tensor, held: list[Tensor], bias: str, *rest: Any, **options: Any) -> int:
+    return _forward(_pairs(query, key, held, bias), query.shape[-1], value.shape[-1])
 
 
 @_raw
@@ -120,36 +116,13 @@ def _tiled_backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    mask: str,
-    *rest: Any,
-    **options: Any,
-) -> int:
-    return _backward(_pairs(query, key, mask), query.shape[-1], value.shape[-1])
-
-
-@_raw
-def _tiled_scores(
-    query: Tensor, key: Tensor, value: Tensor, held: list[Tensor], mask: str, *rest: Any, **options: Any
-) -> int:
-    return _forward(_pairs(query, key, mask), query.shape[-1], value.shape[-1])
-
-
-@_raw
-def _tiled_scores_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
     held: list[Tensor],
     wanted: list[bool],
-    mask: str,
+    bias: str,
     *rest: Any,
     **options: Any,
 ) -> int:
-    return _backward(_pairs(query, key, mask), query.shape[-1], value.shape[-1])
+    return _backward(_pairs(query, key, held, bias), query.shape[-1], value.shape[-1])
 
 
 # Heads-last operands, or sequences packed behind each other

@@ -73,9 +73,18 @@ def on_meta(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta", requires_grad=grad)
 
 
+class Unwritable:
+    """A subclass stands in the facts of a bias for what of it text cannot say; `why` continues "this"."""
+
+    why: str
+
+
 def as_fact(value: Any) -> tuple[Any, ...]:
     """A parameter as a constant of a graph."""
-    return (None, value) if not isinstance(value, Tensor) else (tuple(value.shape), value.dtype, value.requires_grad)
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype, value.requires_grad
+    # Where sizes are dynamic, dynamo takes a float for a symbol, of which this makes a constant.
+    return (None, value.__float__() if isinstance(value, (float, torch.SymFloat)) else value)
 
 
 def from_fact(fact: tuple[Any, ...]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, overload
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import InputError
 from .base import Mask, Rule
 from .fields import look, on_meta
+from .function_names import Nameless, function_of, name_for_graphs
 from .user_function import (
     Absent,
     Function,
@@ -57,10 +58,13 @@ class MaskMod(Mask):
     batch: int | None = None
     num_heads: int | None = None
     lengths: tuple[int, int] | None = None
+    #: Of its function, where a graph can have one.
+    graph_name: str | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         tensors = check_function("MaskMod", self.function, PARAMETERS, self.tensors)
         object.__setattr__(self, "tensors", tensors)
+        object.__setattr__(self, "graph_name", name_for_graphs(self.function))
         for name in ("batch", "num_heads"):
             size = as_int(getattr(self, name))
             object.__setattr__(self, name, size)
@@ -113,23 +117,29 @@ class MaskMod(Mask):
         return self.batch or 1, self.num_heads or 1
 
     def at(self, lengths: tuple[int, int]) -> MaskMod:
-        return _made(self.function, self.tensors, self.batch, self.num_heads, lengths)
+        return self._with(self.function, self.tensors, lengths)
 
     def with_held(self, tensors: dict[str, Tensor]) -> MaskMod:
-        held = tuple((self.held() | tensors).values())
-        return _made(self.function, held, self.batch, self.num_heads, self.lengths)
+        return self._with(self.function, tuple((self.held() | tensors).values()), self.lengths)
 
     def without_data(self) -> MaskMod:
-        held = tuple(map(on_meta, self.tensors))
-        return _made(Absent(name_of(self.function)), held, self.batch, self.num_heads, self.lengths)
+        return self._with(Absent(name_of(self.function)), tuple(map(on_meta, self.tensors)), self.lengths)
+
+    def _with(self, function: Function, tensors: tuple[Tensor, ...], lengths: tuple[int, int] | None) -> MaskMod:
+        return _made(function, tensors, self.batch, self.num_heads, lengths, self.graph_name)
 
     def facts(self) -> tuple[Any, ...]:
-        return tuple([(tensor.ndim, tensor.dtype) for tensor in self.tensors])
+        looks = tuple([(tensor.ndim, tensor.dtype) for tensor in self.tensors])
+        return self.graph_name or Nameless, self.batch is not None, self.num_heads is not None, looks
 
     @classmethod
     def from_facts(cls, facts: tuple[Any, ...], batch: int, num_heads: int, lengths: tuple[int, int]) -> MaskMod:
-        tensors = tuple(torch.empty((1,) * rank, dtype=dtype, device="meta") for rank, dtype in facts)
-        return _made(Absent("<function>"), tensors, batch, num_heads, lengths)
+        name, of_batch, of_heads, looks = facts
+        named = isinstance(name, str)
+        function = function_of(name) if named else Absent("<function>")
+        tensors = tuple(torch.empty((1,) * rank, dtype=dtype, device="meta") for rank, dtype in looks)
+        sizes = (batch if of_batch else None), (num_heads if of_heads else None)
+        return _made(function, tensors, *sizes, lengths, name if named else None)
 
     # The rule
 
@@ -166,17 +176,24 @@ def _made(
     batch: int | None,
     num_heads: int | None,
     lengths: tuple[int, int] | None,
+    name: str | None,
 ) -> MaskMod:
     """One of values that were checked before."""
     bias = object.__new__(MaskMod)
-    values = {"function": function, "tensors": tensors, "batch": batch, "num_heads": num_heads, "lengths": lengths}
-    for name, value in values.items():
-        object.__setattr__(bias, name, value)
+    object.__setattr__(bias, "function", function)
+    object.__setattr__(bias, "tensors", tensors)
+    object.__setattr__(bias, "batch", batch)
+    object.__setattr__(bias, "num_heads", num_heads)
+    object.__setattr__(bias, "lengths", lengths)
+    object.__setattr__(bias, "graph_name", name)
     return bias
 
 
-def _restored(function: Any, *values: Any) -> MaskMod:
-    return _made(from_picklable(function), *values)
+def _restored(
+    kept: Any, tensors: tuple[Tensor, ...], batch: int | None, num_heads: int | None, lengths: tuple[int, int] | None
+) -> MaskMod:
+    function = from_picklable(kept)
+    return _made(function, tensors, batch, num_heads, lengths, name_for_graphs(function))
 
 
 @overload

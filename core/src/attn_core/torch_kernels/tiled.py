@@ -19,11 +19,12 @@ from ..kernel import Kernel
 from ..problem import Problem
 from ..tracing import is_traced
 from .measured import MEASURED
-from .tiling import traced, traced_scores
+from .tiling import traced
 from .tiling.chosen import chosen
 from .tiling.function import Tiled
 from .tiling.scores import Scores
 from .tiling.work import work
+from .tiling.written import why_not
 
 _modes_of_dispatch = torch._C._len_torch_dispatch_stack
 
@@ -36,10 +37,8 @@ def run(
     if scale <= 0:  # the dense kernels with a causal mask do so before they scale: 0 * -inf is NaN
         query, scale = (query * 0, 1.0) if scale == 0 else (-query, -scale)
     rules = () if bias is None else bias.scores
-    if is_traced() and rules:
-        out, lse = traced_scores.tiled(query, key, value, mask, rules, scale)
-    elif is_traced() or (_modes_of_dispatch() and not rules and traced.can_be_written(mask)):
-        out, lse = traced.tiled(query, key, value, mask, scale)  # fake tensors have no tables
+    if is_traced() or (_modes_of_dispatch() and _is_one_op(bias)):
+        out, lse = traced.tiled(query, key, value, bias, scale)
     else:
         scores = Scores(rules) if rules else None  # type: ignore[arg-type]
         held = () if scores is None else scores.held()
@@ -47,18 +46,16 @@ def run(
     return (out, lse) if return_lse else out
 
 
+def _is_one_op(bias: AttnBias | None) -> bool:
+    """Whether modes of dispatch are shown one op: fake tensors have no tables, and a counter wants the pairs."""
+    return bias is None or not (bias.scores or bias.holds_data or why_not(bias))
+
+
 def refuse(problem: Problem) -> Iterator[Refusal]:
-    bias = problem.bias
-    if bias is None or not problem.compiling:
-        return
-    kinds = ", ".join([*traced.KINDS, *traced_scores.KINDS])
-    if not traced_scores.can_be_written(bias.scores):
-        got = ", ".join(type(score).__name__ for score in bias.scores)
-        yield Refusal("compiling", f"takes {kinds} in a graph, got {got}")
-    elif not traced.can_be_written(bias.mask):
-        yield Refusal(
-            "compiling", f"takes {kinds}, and no mask that holds a tensor, in a graph, got {type(bias).__name__}"
-        )
+    if problem.compiling and problem.bias is not None:
+        reason = why_not(problem.bias)
+        if reason is not None:
+            yield Refusal("compiling", f"takes biases as text and tensors in a graph, and this {reason}")
 
 
 KERNEL = Kernel(
