@@ -21,6 +21,8 @@ _INTEGERS = (int, torch.SymInt)  # the latter where a graph is traced
 
 def as_int(value: Any) -> Any:
     """The plain int that it is, or the symbolic one where a graph is traced; what is no int is returned as it is."""
+    if is_traced() and isinstance(value, int):  # of which dynamo may not know the type any nearer
+        return value
     if type(value) is int or isinstance(value, (bool, torch.SymInt, Tensor)) or not hasattr(value, "__index__"):
         return value
     try:
