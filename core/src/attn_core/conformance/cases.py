@@ -317,6 +317,8 @@ def _blocks(problem: Problem) -> Iterator[BlockMask]:
     padded = KeyPadding([problem.seqlen_kv * (b + 1) // (problem.batch + 1) for b in range(problem.batch)])
     yield BlockMask(drawn(12, 20), (12, 20), within=padded)
     yield BlockMask(per_head, (12, 20), full=full, within=Causal("bottom-right"))
+    full = full.clone()
+    full[..., 1:] = False  # were there full blocks everywhere, they would see every key, and none were padding
     yield BlockMask(per_head, (12, 20), full=full, within=padded)
 
 
