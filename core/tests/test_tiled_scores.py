@@ -330,15 +330,13 @@ def test_samples_of_scores_without_tensors_are_folded_into_the_batch():
     torch.testing.assert_close(of(NAME)(x), of("torch/reference")(x))
 
 
-def test_in_a_graph_a_rule_of_ones_own_is_refused_by_name():
+def test_in_a_graph_a_rule_of_ones_own_is_taken():
     x = normal(1, 64, HEADS, 8, grad=False)
 
     def called(x):
         return attention(x, x, x, Window(4, 2) + ByKey(), kernel=NAME)
 
-    called(x)
-    with pytest.raises(Exception, match="in a graph, got ByKey"):
-        torch.compile(called, fullgraph=True, backend="eager")(x)
+    torch.testing.assert_close(torch.compile(called, fullgraph=True, backend="eager")(x), called(x))
 
 
 def test_a_tensor_is_left_to_the_dense_kernels():
