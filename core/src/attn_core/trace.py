@@ -53,7 +53,7 @@ from .record import STOCK
 from .registry import registry
 from .scope import current, mirror
 from .select import Candidate, check_strict, choose, rank, strict_scope
-from .tracing import constant, has_static_value
+from .tracing import constant, constants, has_static_value
 
 #: What a symbolic size is taken for where kernels are weighed; only whether the lengths are equal matters there.
 STAND_IN_BATCH, STAND_IN_LENGTHS = 2, (512, 768)
@@ -233,24 +233,11 @@ def _facts(bias: AttnBias) -> tuple[Any, ...]:
     many_batches, many_heads = bias.batch_and_heads
     return (
         type(bias),
-        _constants(bias.facts()),
+        constants(bias.facts()),
         True if many_batches != 1 else False,  # noqa: SIM210
         True if many_heads != 1 else False,  # noqa: SIM210
         bias.requires_grad,
     )
-
-
-def _constants(facts: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Facts with symbolic numbers made constants of the graph, at any depth."""
-    made: list[Any] = []
-    for fact in facts:
-        if isinstance(fact, tuple):
-            made.append(_constants(fact))
-        elif isinstance(fact, (int, torch.SymInt)) and not isinstance(fact, bool):
-            made.append(operator.index(fact))
-        else:
-            made.append(fact)
-    return tuple(made)
 
 
 def _in_millionths(number: float, stand_in: float) -> int:

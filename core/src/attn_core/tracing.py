@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -29,6 +30,19 @@ def constant(function: Function) -> Function:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def constants(facts: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The facts of a bias with symbolic numbers made constants of the graph, at any depth."""
+    made: list[Any] = []
+    for fact in facts:
+        if isinstance(fact, tuple):
+            made.append(constants(fact))
+        elif isinstance(fact, (int, torch.SymInt)) and not isinstance(fact, bool):
+            made.append(operator.index(fact))
+        else:
+            made.append(fact)
+    return tuple(made)
 
 
 def _modes_before_dispatch() -> int:

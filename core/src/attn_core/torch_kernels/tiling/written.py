@@ -15,7 +15,6 @@ from __future__ import annotations
 import ast
 import itertools
 import math
-import operator
 import sys
 import weakref
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from torch import Tensor
 from ...bias import AttnBias
 from ...bias.fields import Unwritable
 from ...errors import InputError
-from ...tracing import constant
+from ...tracing import constant, constants
 
 #: What is written where there is no bias.
 NOTHING = "None"
@@ -61,20 +60,7 @@ def told(bias: AttnBias) -> Told:
     batch, heads = bias.batch_and_heads
     # Branching on a symbolic size, not bool(), makes the answer a constant of the graph.
     many_batches, many_heads = (True if size != 1 else False for size in (batch, heads))  # noqa: SIM210
-    return type(bias), _constants(bias.facts()), many_batches, many_heads
-
-
-def _constants(facts: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Facts with symbolic numbers made constants of the graph, at any depth."""
-    made: list[Any] = []
-    for fact in facts:
-        if isinstance(fact, tuple):
-            made.append(_constants(fact))
-        elif isinstance(fact, (int, torch.SymInt)) and not isinstance(fact, bool):
-            made.append(operator.index(fact))
-        else:
-            made.append(fact)
-    return tuple(made)
+    return type(bias), constants(bias.facts()), many_batches, many_heads
 
 
 @constant
