@@ -43,7 +43,6 @@ from attn_core.conformance import CHECKS, CheckResult, check_kernel
 from attn_core.conformance.cases import claimed_cases
 from attn_core.conformance.certificate import certificate, read, strangeness, write
 from attn_core.conformance.isolated import check_isolated, waited_for_a_core
-from attn_core.conformance.parametrize import parametrize_kernel_checks
 from attn_core.testing import HELLO, fake_distribution, importable
 from click.testing import CliRunner
 
@@ -590,14 +589,3 @@ def test_pytest_runs_a_test_of_ones_own_on_each_chosen_kernel_and_says_which_the
     done = pytest_run(*mine, "--attn-device", "gpu", cwd=tmp_path)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert "--attn-device: takes a type of device, such as 'cpu' or 'cuda', got 'gpu'" in done.stdout + done.stderr
-
-
-def test_an_expected_failure_must_fail_and_must_exist():
-    marks = parametrize_kernel_checks(["torch/math"], expected_failures={"repeats_itself": "is known"})
-    rows = {parameter.id: parameter for parameter in marks.args[1]}
-    expected = [id for id, parameter in rows.items() if parameter.marks]
-    assert expected
-    assert all("repeats_itself" in id for id in expected)
-    assert all(mark.kwargs == {"reason": "is known", "strict": True} for id in expected for mark in rows[id].marks)
-    with pytest.raises(ValueError, match="no check is named repeats_her"):
-        parametrize_kernel_checks(["torch/math"], expected_failures={"repeats_her": "?"})

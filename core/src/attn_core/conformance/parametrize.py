@@ -19,8 +19,9 @@ from ..kernel import Kernel
 from ..registry import registry
 from .cases import Case
 from .checks import Check
+from .expected import ExpectedFailures
 from .results import CheckResult
-from .run import every_case, result_of
+from .run import every_case, name_of, result_of
 from .subject import Subject, must_be_a_type, registered
 
 
@@ -34,8 +35,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        label = "" if isinstance(self.case, CheckResult) else self.case.label
-        return f"{self.check.name}[{label}]" if label else self.check.name
+        return name_of(self.check, self.case)
 
     def __call__(self) -> None:
         with registered(self.subject.kernel):
@@ -65,16 +65,14 @@ def parametrize_kernel_checks(
         kernels: names, or kernels.
         device: device type on which they are checked.
         expected_failures: check, or "check[case]" -> why it fails. Strict: one that passes is a failure, so that the
-            list cannot outlive its reason. A name that fits no row raises ValueError.
+            list cannot outlive its reasons. A name that fits no row raises InputError.
     """
-    expected = dict(expected_failures or {})
     found = list(rows(kernels, device))
-    unknown = set(expected) - {row.name for row in found} - {row.check.name for row in found}
-    if unknown:
-        raise ValueError(f"expected_failures: no check is named {', '.join(sorted(unknown))}")
+    expected = ExpectedFailures(expected_failures)
+    expected.must_fit((row.check.name, row.name) for row in found)
     parameters = []
     for row in found:
-        reason = expected.get(row.name, expected.get(row.check.name))
+        reason = expected.reason(row.check.name, row.name)
         marks = [pytest.mark.xfail(reason=reason, strict=True)] if reason is not None else []
         parameters.append(pytest.param(row, id=f"{row.subject.name} {row.name}", marks=marks))
     return pytest.mark.parametrize("check", parameters)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from ..errors import InputTypeError
 from ..kernel import Kernel
@@ -12,6 +12,7 @@ from ..registry import registry
 from . import contract, honesty, manners, numbers, recorded  # noqa: F401  (importing them makes their checks known)
 from .cases import Case
 from .checks import CHECKS, Check, must_be_known
+from .expected import ExpectedFailures
 from .results import CheckFailed, CheckResult, NotTestable, Status
 from .subject import Subject, allowed, must_be_a_type, registered
 
@@ -23,6 +24,7 @@ def check_kernel(
     *,
     device: str = "cpu",
     only: str | None = None,
+    expected_failures: Mapping[str, str] | None = None,
     stop_at_failure: bool = False,
     progress: Progress | None = None,
 ) -> list[CheckResult]:
@@ -35,6 +37,8 @@ def check_kernel(
         kernel: its name, or the kernel itself; one that is not registered is, meanwhile.
         device: device type on which it is checked.
         only: name of the one check to run.
+        expected_failures: check, or "check[case]" -> why it fails. Its status is "xfailed" where it does, and "failed"
+            where it holds, so that the list cannot outlive its reasons.
         stop_at_failure: leave out what comes behind the first failure.
         progress: called with each result as it comes.
 
@@ -42,8 +46,8 @@ def check_kernel(
         A result per check and case; false where it failed. A kernel that crashes takes this process with it: `attn
         check` runs them in one of their own.
 
-    Raises UnknownKernelError for an unknown name, InputError for an unknown check or type of device, InputTypeError for
-    what is no kernel.
+    Raises UnknownKernelError for an unknown name, InputError for an unknown check, case or type of device,
+    InputTypeError for what is no kernel.
     """
     if isinstance(kernel, str):
         kernel = registry.kernel(kernel)
@@ -53,8 +57,11 @@ def check_kernel(
     must_be_a_type(device)
     with registered(kernel), allowed(kernel):
         subject, results = Subject(kernel, device), []
+        expected = ExpectedFailures(expected_failures)
+        if expected_failures:
+            expected.must_fit((check.name, name_of(check, case)) for check, case in every_case(subject))
         for check, case in every_case(subject, only):
-            results.append(result_of(subject, check, case))
+            results.append(expected.judged(result_of(subject, check, case)))
             if progress is not None:
                 progress(results[-1])
             if stop_at_failure and not results[-1]:
@@ -77,6 +84,12 @@ def every_case(subject: Subject, only: str | None = None) -> Iterator[tuple[Chec
             yield check, _result(subject, check, None, "failed", f"its cases cannot be made: {_told(error)}")
         else:
             yield from ((check, case) for case in cases)
+
+
+def name_of(check: Check, case: Case | CheckResult) -> str:
+    """The name of a row: "check[case]", or the check's where it has but one case."""
+    label = case.case if isinstance(case, CheckResult) else case.label
+    return f"{check.name}[{label}]" if label else check.name
 
 
 def result_of(subject: Subject, check: Check, case: Case | CheckResult) -> CheckResult:
