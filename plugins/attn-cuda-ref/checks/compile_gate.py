@@ -19,7 +19,7 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,6 +132,15 @@ def compiled(each: Compilation, by: Nvrtc | Nvcc) -> Result:
     return Result(each, usage(cubin), core_seconds() - began)
 
 
+def compiled_with_progress(each_of: Sequence[Compilation], by: Nvrtc | Nvcc, name: str) -> list[Result]:
+    """All of them, with a line on standard error after each bias of an architecture: a compiler takes up to an hour."""
+    results: list[Result] = []
+    for (arch, bias), group in groupby(each_of, key=lambda each: (each.arch, each.bias)):
+        results += [compiled(each, by) for each in group]
+        print(f"{name}: {arch}, {bias}: {len(results)} of {len(each_of)}", file=sys.stderr, flush=True)
+    return results
+
+
 def core_seconds() -> float:
     """What this process and those that it started have computed so far."""
     of = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -213,7 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
     count, wrong = 0, 0
     for kind, by in chosen.items():
         name = f"{kind} {'.'.join(map(str, by.version))}"
-        results = [compiled(each, by) for each in known(every, by, name)]
+        results = compiled_with_progress(known(every, by, name), by, name)
         report(name, results)
         for each in spilled(results):
             what = f"{each.usage.stack_bytes} bytes of stack, {each.usage.registers} registers"

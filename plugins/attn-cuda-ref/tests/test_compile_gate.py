@@ -232,10 +232,14 @@ def test_spills_fail_up_to_head_dim_128(
     monkeypatch.setattr(compiler, "nvrtc", Doubled)
     monkeypatch.setattr(compile_gate, "compiled", compiled)
     assert compile_gate.main(["--compiler", "nvrtc", "--arch", "sm_90a"]) == code
-    said = capsys.readouterr().out
+    said, on_the_way = capsys.readouterr()
     line = "spills: NVRTC 13.0: simple_forward, float16, head_dim 128, causal, sm_90a: 8 bytes of stack, 99 registers"
     assert (line in said) == bool(code)
     assert f"{'simple_forward':28} {dim:8}" in said
+    lines = on_the_way.splitlines()
+    count = len(list(compile_gate.compilations(["sm_90a"])))
+    assert len(lines) == len(compile_gate.biases()), "a line after each bias"
+    assert lines[-1] == f"NVRTC 13.0: sm_90a, causal + alibi + table: {count} of {count}"
 
 
 @pytest.mark.parametrize("every", ["0", "-3"])
