@@ -122,10 +122,13 @@ def together(session: nox.Session) -> None:
 @nox.session
 def lowest(session: nox.Session) -> None:
     """Run the tests of the core with the oldest torch that it supports: gigabytes of CUDA, where no CPU build is."""
-    install_or_skip(session, LOWEST_TORCH)
-    install_or_skip(session, LOWEST_TORCH, "-e", "core[test]")
-    session.run("python", "-c", "import torch; print('torch', torch.__version__)")
-    session.run("pytest", *(session.posargs or [*IN_TWO, "core/tests"]), env=ONE_THREAD)
+    test_core_beside(session, LOWEST_TORCH)
+
+
+@nox.session
+def newest(session: nox.Session) -> None:
+    """Run the tests of the core with the newest torch that pip finds, as users do: gigabytes of CUDA, too."""
+    test_core_beside(session, "torch")
 
 
 @nox.session
@@ -389,6 +392,14 @@ def cuda_emulated(session: nox.Session) -> None:
     install(session, "-e", "core[test]", "-e", "plugins/attn-cuda-ref[test]")
     tests = sorted(Path("plugins/attn-cuda-ref/tests").glob("every_*_emulated.py"))
     session.run("pytest", *(session.posargs or [*IN_TWO, *map(str, tests)]), env=ONE_THREAD)
+
+
+def test_core_beside(session: nox.Session, torch: str) -> None:
+    """Runs the tests of the core with another torch than the one of constraints.txt."""
+    install_or_skip(session, torch)
+    install_or_skip(session, torch, "-e", "core[test]")
+    session.run("python", "-c", "import torch; print('torch', torch.__version__)")
+    session.run("pytest", *(session.posargs or [*IN_TWO, "core/tests"]), env=ONE_THREAD)
 
 
 def install_torch(session: nox.Session) -> None:

@@ -41,7 +41,7 @@ def test_every_session_that_a_document_names_exists(file):
 
 def test_every_session_says_what_it_does():
     found = sessions()
-    assert set(found) >= {"demo", "tests", "lint", "types", "build", "bench", "core", "combo", "lowest", "gpu"}
+    assert set(found) >= {"demo", "tests", "lint", "types", "build", "bench", "core", "combo", "newest", "gpu"}
     assert [name for name, text in found.items() if not text] == []
 
 
