@@ -24,6 +24,20 @@ REFUSES_FORKS = HELLO.replace(
     '    if os.getpid() != STARTED_IN:\n        raise RuntimeError("cannot be used in a forked process")\n    logits =',
     1,
 ).replace("import torch\n", "import os\n\nimport torch\n\nSTARTED_IN = os.getpid()\n", 1)
+#: As on a machine with a GPU, which torch.cuda.is_available() would start the driver of.
+PROBES_BY_STARTING_CUDA = HELLO.replace(
+    "@hookimpl",
+    """
+torch.cuda.device_count = lambda: 1
+
+
+def probe():
+    torch.cuda._is_in_bad_fork = lambda: True
+
+
+@hookimpl""",
+    1,
+).replace("run=run,", "run=run, probe=probe,", 1)
 REPLACES_A_MODULE = HELLO.replace(
     "import torch\n", 'import sys\nimport types\n\nimport torch\n\nsys.modules["wave"] = types.ModuleType("wave")\n', 1
 )
@@ -35,6 +49,7 @@ RUDE = {
     "library imported to declare": IMPORTS_MUCH,
     "CUDA started to declare": STARTS_CUDA,
     "of no use after a fork": REFUSES_FORKS,
+    "CUDA started by its probe": PROBES_BY_STARTING_CUDA,
     "another plugin broken": REPLACES_A_MODULE,
 }
 
@@ -49,6 +64,8 @@ def rude_plugin(what: str) -> Iterator[None]:
             tempfile.TemporaryDirectory() as folder,
             importable(folder),
             mock.patch.object(torch.cuda, "is_initialized", torch.cuda.is_initialized),
+            mock.patch.object(torch.cuda, "device_count", torch.cuda.device_count),
+            mock.patch.object(torch.cuda, "_is_in_bad_fork", torch.cuda._is_in_bad_fork),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore", attn_core.PluginWarning)

@@ -380,6 +380,7 @@ SABOTEURS |= {
         "library imported to declare": "is_declared_without_its_library",
         "CUDA started to declare": "is_declared_without_its_library",
         "of no use after a fork": "survives_a_fork",
+        "CUDA started by its probe": "survives_a_fork",
         "another plugin broken": "leaves_the_others_alone",
     }.items()
 }

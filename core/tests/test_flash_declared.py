@@ -133,6 +133,7 @@ def test_they_are_unavailable_without_cuda_with_the_reason():
 @pytest.fixture
 def built_for_cuda(monkeypatch):
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     return monkeypatch
 

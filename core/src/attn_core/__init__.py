@@ -62,6 +62,7 @@ from .kernel import Kernel, Unusable
 from .library import Library
 from .merge import merge
 from .plan import Plan, plan
+from .probes import no_cuda
 from .problem import Problem
 from .record import Recorder, Row, record
 from .reference import reference_attention
@@ -143,6 +144,7 @@ __all__ = [
     "kernels",
     "mask_mod",
     "merge",
+    "no_cuda",
     "plan",
     "plugins",
     "prefer",

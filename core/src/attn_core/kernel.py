@@ -48,7 +48,8 @@ class Kernel:
         layout: of its operands: "heads-last" `[batch, seqlen, num_heads, head_dim]`, or "heads-first"
             `[batch, num_heads, seqlen, head_dim]`.
         refuse: irregular limits that `capabilities` cannot say: yields refusals for a problem.
-        probe: answers None where the kernel can run on this machine, else why not; called once, at first use.
+        probe: answers None where the kernel can run on this machine, else why not; called once, before the first call
+            on a device that the kernel declares, or where somebody asks what there is.
         costs: device type -> Cost, "*" for every other; a device that is missing costs UNDECLARED.
         skips: kinds of bias whose masked pairs are not visited.
         work: says of a problem which pairs are visited and in how many parts, where that is neither all pairs nor,
@@ -100,6 +101,10 @@ class Kernel:
     def declarations(self) -> tuple[Capabilities, ...]:
         """What it can do, one record per group of devices."""
         return self.capabilities if isinstance(self.capabilities, tuple) else (self.capabilities,)
+
+    def is_for_device_of(self, problem: Problem) -> bool:
+        """Whether it declares the type of device that `problem` is on."""
+        return any(each.names_device(problem) for each in self.declarations)
 
     def declaration(self, problem: Problem) -> Capabilities:
         """The record that counts for `problem`: the first for its device and compute capability, else the nearest."""

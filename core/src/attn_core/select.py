@@ -2,7 +2,8 @@
 
     kernel= in the call  >  prefer scopes, then ATTN_PREFER  >  estimated seconds  >  name
 
-Every kernel is considered every time, so that the reasons of those not taken are there when somebody asks.
+A call considers the kernels for its device; the others would be refused, and their probes may import a library for
+seconds, or start CUDA where nobody uses it. Where somebody asks why, every kernel is considered.
 """
 
 from __future__ import annotations
@@ -163,9 +164,15 @@ def _estimated(kernel: Kernel, problem: Problem) -> tuple[Terms | None, Refusal 
         return None, Refusal("work", f"its own count of pairs raised {type(error).__name__}: {error}")
 
 
-def rank(registry: Registry, problem: Problem, settings: Settings, *, limits: bool = True) -> list[Candidate]:
-    """Every kernel, those that take the problem first, the best of them at the top."""
-    found = [consider(registry, kernel, problem, settings, limits=limits) for kernel in registry.kernels()]
+def rank(
+    registry: Registry, problem: Problem, settings: Settings, *, limits: bool = True, every: bool = True
+) -> list[Candidate]:
+    """The kernels, those that take the problem first, the best of them at the top.
+
+    Without `every`, only those for the problem's device; the probes of the others are not asked.
+    """
+    kernels = [kernel for kernel in registry.kernels() if every or kernel.is_for_device_of(problem)]
+    found = [consider(registry, kernel, problem, settings, limits=limits) for kernel in kernels]
     registry.say_what_is_missing()
     last = len(settings.prefer)
 
@@ -189,8 +196,9 @@ def choose(
         if not candidate.takes:
             raise KernelRefusedError(f"{told(candidate)}\nThe problem: {problem}")
         return candidate
-    candidates = rank(registry, problem, settings, limits=limits)
+    candidates = rank(registry, problem, settings, limits=limits, every=False)
     if not candidates or not candidates[0].takes:
+        candidates = rank(registry, problem, settings, limits=limits)
         if settings.only:
             raise KernelRefusedError(in_its_module(_none_of(settings.only, problem, candidates)))
         reasons = "\n".join(told(candidate) for candidate in candidates) or "no kernel is registered"

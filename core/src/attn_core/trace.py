@@ -372,7 +372,7 @@ def weigh(
     settings = replace(said, prefer=prefer, only=only, allow=frozenset(allow))
     candidates = [choose(registry, problem, settings, forced, limits=not symbolic)]
     if forced is None and symbolic:
-        candidates = [each for each in rank(registry, problem, settings, limits=False) if each.takes]
+        candidates = [each for each in rank(registry, problem, settings, limits=False, every=False) if each.takes]
     lengths = ("batch", "seqlen_q", "seqlen_kv", "bias", "scale")
     plain = tuple((f.name, getattr(problem, f.name)) for f in fields(problem) if f.name not in lengths)
     rows = tuple(_row(candidate, problem, len(prefer), symbolic) for candidate in candidates)

@@ -105,7 +105,8 @@ def test_each_reason_why_it_cannot_run_is_told(
 
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: sees)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(sees))
     monkeypatch.setattr(compiler, "nvrtc", none_there)
     told = device.probe()
     assert told is not None

@@ -20,6 +20,7 @@ def a_gpu(capability: tuple[int, int]) -> Iterator[dict[str, Pair]]:
     classes = {each for pair in pairs.values() for each in (pair.forward, pair.backward) if each is not None}
     patches = [
         mock.patch.object(torch.cuda, "get_device_capability", return_value=capability),
+        mock.patch.object(torch.backends.cuda, "is_built", return_value=True),
         mock.patch.object(torch.cuda, "is_available", return_value=True),
         mock.patch.object(torch.cuda, "device_count", return_value=1),
         mock.patch.object(torch.version, "cuda", "12.8"),

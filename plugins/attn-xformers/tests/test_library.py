@@ -141,15 +141,20 @@ def test_an_extension_that_does_not_load_tells_why_though_xformers_hides_it(tmp_
     assert "the double has no extension" in found.reason
 
 
+def sees_cuda_devices(monkeypatch, count):
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
 def test_without_a_cuda_device_an_operator_that_is_whole_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    sees_cuda_devices(monkeypatch, 0)
     with installed(tmp_path, changes=WITH_CUTLASS):
         found = conditions()["xformers/cutlass"]
-    assert (found.state, found.reason) == ("unavailable", "there is no CUDA device here")
+    assert (found.state, found.reason) == ("unavailable", "torch sees no CUDA device here")
 
 
 def test_with_one_it_is_ready(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    sees_cuda_devices(monkeypatch, 1)
     with installed(tmp_path, changes=WITH_CUTLASS):
         found = conditions()
     assert {name for name, each in found.items() if each.state == "ready"} == {"xformers/cutlass"}
@@ -170,7 +175,7 @@ def test_an_operator_that_a_release_does_not_have_says_so(tmp_path):
 
 
 def test_operators_that_live_in_another_library_are_found_through_xformers(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    sees_cuda_devices(monkeypatch, 1)
     elsewhere = tmp_path / "mslk_of_tomorrow.py"
     elsewhere.write_text(
         source_of("ops/fmha/cutlass").replace("from .common", "from xformers.ops.fmha.common") + BUILT, "utf-8"
@@ -193,7 +198,7 @@ def test_an_xformers_whose_operators_library_is_missing_names_it(tmp_path):
 
 
 def test_operators_of_another_library_need_no_extension_of_xformers(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    sees_cuda_devices(monkeypatch, 1)
     source = WITH_CUTLASS["ops/fmha/cutlass"] + "    operator.__module__ = 'mslk.attention.fmha.cutlass'\n"
     with installed(tmp_path, changes={"ops/fmha/cutlass": source}):
         assert conditions()["xformers/cutlass"].state == "ready"

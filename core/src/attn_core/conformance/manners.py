@@ -26,21 +26,36 @@ import torch
 print(json.dumps({"kernels": kernels, "cuda": torch.cuda.is_initialized(), "new": sorted(new)}))
 """
 
-CALLING = """
+#: A child that a fork has shut out of CUDA says so; where torch itself shuts it out, nothing can be learned of kernels.
+FORKING = """
 import os, sys
 import torch, attn_core
-name = sys.argv[1]
-kernel = attn_core.kernel(name)
-child = os.fork()
-if child == 0:
+from attn_core.registry import registry
+
+def in_a_child(function):
+    child = os.fork()
+    if child == 0:
+        os._exit(function() or 0)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
+
+def shut_out_of_cuda():
+    return bool(torch.cuda.device_count() and torch.cuda._is_in_bad_fork())
+
+def call():
     from attn_core.conformance.subject import Subject
     from attn_core.conformance.cases import Case
     torch.set_num_threads(1)
-    subject = Subject(kernel, sys.argv[2])
+    subject = Subject(kernel, "cpu")
     subject.out(Case(label="", problem=subject.base).inputs(0))
-    os._exit(0)
-_, status = os.waitpid(child, 0)
-sys.exit(os.waitstatus_to_exitcode(status))
+
+torch.cuda.device_count()
+shut_out_before = in_a_child(shut_out_of_cuda)
+kernel = attn_core.kernel(sys.argv[1])
+registry.condition(kernel)
+if not shut_out_before and in_a_child(shut_out_of_cuda):
+    sys.exit("its probe starts CUDA, and no forked process may use it then; `attn_core.no_cuda` asks without")
+sys.exit(in_a_child(call))
 """
 
 #: What costs a process seconds, so that nobody may import it just to say what a kernel can do.
@@ -82,11 +97,11 @@ def is_declared_without_its_library(subject: Subject, case: Case) -> None:
 
 @check("manners", once)
 def survives_a_fork(subject: Subject, case: Case) -> None:
-    """A process that has listed the kernels may fork, and the child may call it."""
+    """A process that has weighed the kernel may fork: the child may call it, and may use CUDA."""
     _needs_a_plugin(subject)
     if not hasattr(os, "fork") or subject.device != "cpu":
         raise NotTestable("only on the CPU, where there is os.fork")
-    done = in_a_fresh_process(CALLING, subject.name, subject.device)
+    done = in_a_fresh_process(FORKING, subject.name)
     if done.returncode:
         raise CheckFailed(f"in a forked process it ends with {done.returncode}: {done.stderr[-800:]}")
 

@@ -16,6 +16,7 @@ from ..bias import AttnBias, Causal
 from ..capabilities import Backward, Capabilities, Refusal
 from ..cost import Cost
 from ..kernel import Kernel, Unusable
+from ..probes import no_cuda
 from ..problem import Problem
 
 _cudnn = torch._scaled_dot_product_cudnn_attention
@@ -38,10 +39,11 @@ def refuse(problem: Problem) -> Iterator[Refusal]:
 
 
 def probe() -> Unusable | None:
-    """Whether this torch has CUDA and cuDNN at all."""
-    if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
-        return Unusable("unavailable", "this torch is built without CUDA")
-    return None if torch.backends.cudnn.is_available() else Unusable("unavailable", "this torch has no cuDNN")  # type: ignore[no-untyped-call]
+    """Whether there are CUDA and cuDNN at all."""
+    missing = no_cuda()
+    if missing is None and not torch.backends.cudnn.is_available():  # type: ignore[no-untyped-call]
+        return Unusable("unavailable", "this torch has no cuDNN")
+    return missing
 
 
 KERNEL = Kernel(

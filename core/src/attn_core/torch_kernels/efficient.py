@@ -12,7 +12,8 @@ from torch.nn.functional import pad
 from ..bias import AttnBias, Causal, TensorBias
 from ..capabilities import Backward, Capabilities, Refusal
 from ..cost import Cost
-from ..kernel import Kernel, Unusable
+from ..kernel import Kernel
+from ..probes import no_cuda
 from ..problem import Problem
 from .dense import additive, of_rank_four
 
@@ -60,11 +61,6 @@ def refuse(problem: Problem) -> Iterator[Refusal]:
         yield Refusal("bias", f"takes Causal with a scale above 0, got {problem.scale}")
 
 
-def probe() -> Unusable | None:
-    """Whether this torch has CUDA at all."""
-    return None if torch.backends.cuda.is_built() else Unusable("unavailable", "this torch is built without CUDA")  # type: ignore[no-untyped-call]
-
-
 KERNEL = Kernel(
     name="torch/efficient",
     run=run,
@@ -83,7 +79,7 @@ KERNEL = Kernel(
     layout="heads-first",
     calls_sdpa=False,
     refuse=refuse,
-    probe=probe,
+    probe=no_cuda,
     costs={"cuda": Cost(call=15e-6, pair_dim=16e-15, pair=0.6e-12, token_dim=1e-12, mask=2e-12)},
     skips={Causal},
 )

@@ -19,6 +19,7 @@ from ..bias.documents import Band, unpack
 from ..bias.segments import band_of
 from ..capabilities import Refusal
 from ..kernel import Unusable
+from ..probes import no_cuda
 from ..problem import Problem
 from ..tracing import constant
 
@@ -125,8 +126,9 @@ def limits(band: Band) -> tuple[int, int]:
 
 def unusable(needed: frozenset[str]) -> Unusable | None:
     """Why this torch has not what is needed: CUDA, FlashAttention, and these arguments of its op."""
-    if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
-        return Unusable("unavailable", "this torch is built without CUDA")
+    missing = no_cuda()
+    if missing is not None:
+        return missing
     if torch.version.hip is not None:
         return Unusable("unavailable", "this torch is built for ROCm, whose FlashAttention is another")
     if not torch.backends.cuda.is_flash_attention_available():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from attn_core import Problem, Refusal
+from attn_core import Problem, Refusal, no_cuda
 from attn_core.kernel import Unusable
 
 from .errors import CudaError
@@ -16,8 +16,9 @@ def probe() -> Unusable | None:
     if torch.version.cuda is None:
         of = "ROCm" if torch.version.hip else "CPUs"
         return Unusable("unavailable", f"torch {torch.__version__} is built for {of}, not for CUDA")
-    if not torch.cuda.is_available():
-        return Unusable("unavailable", f"torch {torch.__version__} sees no CUDA device")
+    missing = no_cuda()
+    if missing is not None:
+        return missing
     from . import compiler  # loads a library of a hundred megabytes, so only where there is a device
 
     try:

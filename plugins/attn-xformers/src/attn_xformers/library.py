@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from attn_core import Unusable
+from attn_core import Unusable, no_cuda
 from attn_core.library import Library
 
 MSLK = "pip install mslk"
@@ -73,9 +73,7 @@ def without_cuda(operator: Any) -> Unusable | None:
         said = f": {_in_one_line(cause)}" if cause is not None else ""
         text = f"the extension of {XFORMERS} cannot be loaded beside torch {torch.__version__}{said}"
         return Unusable("unavailable", text, XFORMERS.install)
-    if not torch.cuda.is_available():
-        return Unusable("unavailable", "there is no CUDA device here")
-    return None
+    return no_cuda()
 
 
 def _in_one_line(error: BaseException) -> str:
