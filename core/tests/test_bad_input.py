@@ -174,7 +174,7 @@ BAD = {
         options={"kernel": "torch/flash", "softcap": 2.0},
     ),
     "a forced kernel that is not on this machine": Bad(
-        "kernel 'torch/cudnn' is unavailable: this torch is built without CUDA",
+        "kernel 'torch/cudnn' is unavailable: (this torch is built without CUDA|torch sees no CUDA device here)",
         KernelRefusedError,
         options={"kernel": "torch/cudnn"},
     ),

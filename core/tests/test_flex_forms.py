@@ -163,3 +163,14 @@ def test_on_the_cpu_a_graph_takes_masks_by_arithmetic_alone(bias, takes):
     assert (traced.state == "ready") is takes
     if not takes and not padded:
         assert traced.refused_fields == ("bias",)
+
+
+@pytest.mark.parametrize("bias", [None, ALiBi(HEADS), Causal()], ids=["none", "alibi", "causal"])
+def test_the_kernel_takes_one_softcap_after_another(bias):
+    """Each in a process that has traced the ones before it."""
+    query, key, value = (4 * tensor.transpose(1, 2) for tensor in operands(70, 70))
+    for softcap in (0.5, 2.0, 3, 30.0):
+        out, lse = attention(query, key, value, bias, softcap=softcap, return_lse=True, kernel="torch/flex")
+        expected, expected_lse = reference_attention(query, key, value, bias, softcap=softcap)
+        torch.testing.assert_close(out.double(), expected.double(), atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(lse.double(), expected_lse.double(), atol=1e-5, rtol=1e-5)

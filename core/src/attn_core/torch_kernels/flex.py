@@ -46,11 +46,13 @@ def run(
     if mask is not None:
         fresh = mask.holds_data or numbers_are_unknown()
         block_mask = block_mask_of(mask, query.device) if fresh else _kept(mask, query.device)
+    # Outside a graph FlexAttention traces a second number as a symbolic one, which torch 2.15 for one then refuses.
+    cap = softcap if softcap is None or tracing or query.is_cuda else torch.tensor(softcap, dtype=torch.float32)
     result = flex(
         query,
         key,
         value,
-        score_mod=score_mod_of(() if bias is None else bias.scores, softcap),
+        score_mod=score_mod_of(() if bias is None else bias.scores, cap),
         block_mask=block_mask,
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],

@@ -81,8 +81,8 @@ def _of_rank_four(blocks: Tensor) -> Tensor:
     return blocks.reshape((1,) * (4 - blocks.ndim) + tuple(blocks.shape))
 
 
-def score_mod_of(scores: tuple[AttnBias, ...], softcap: float | None = None) -> Callable[..., Tensor] | None:
-    """A function of softcap, then what is no mask; None where that is nothing."""
+def score_mod_of(scores: tuple[AttnBias, ...], softcap: float | Tensor | None = None) -> Callable[..., Tensor] | None:
+    """A function of softcap (a number, or a tensor of one), then what is no mask; None where that is nothing."""
     if not scores and softcap is None:
         return None
     written = tuple([_additive(part) if isinstance(part, TensorBias) else part for part in scores])

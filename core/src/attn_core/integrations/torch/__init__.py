@@ -28,7 +28,7 @@ from .swap import Swap, is_swapped, swap
 __all__ = ["TESTED", "Swap", "disable", "enable", "is_enabled", "is_swapped", "redirect_sdpa", "swap"]
 
 #: Versions of torch that the tests run. Compiled functions follow from 2.13 on; before, they may keep what they had.
-TESTED = ">=2.9,<2.14"
+TESTED = ">=2.9,<2.16"
 
 _lock = threading.Lock()
 
