@@ -27,7 +27,8 @@ from .swap import Swap, is_swapped, swap
 
 __all__ = ["TESTED", "Swap", "disable", "enable", "is_enabled", "is_swapped", "redirect_sdpa", "swap"]
 
-#: Versions of torch that the tests run. Compiled functions follow from 2.13 on; before, they may keep what they had.
+#: Versions of torch that the tests are made for; those that they ran with are 2.13 and 2.15. Compiled functions follow
+#: from 2.13 on; before, they may keep what they had.
 TESTED = ">=2.9,<2.16"
 
 _lock = threading.Lock()
